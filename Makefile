@@ -1,0 +1,52 @@
+# Two commands set everything up: `make ask` answers a question about a picture, `make test` runs the whole suite.
+# Both install into .venv with pip; a second call installs nothing unless pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+SPEC := pyproject.toml constraints.txt
+SOURCES := vtprune tests examples benchmarks
+
+IMAGE ?= examples/shapes.png
+QUESTION ?= what does the text say ?
+METHOD ?= idpruner
+KEEP ?= 1/4
+OVERLAY ?= kept.png
+PYTEST_ARGS ?=
+
+.PHONY: ask test lint format clean help
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+ask: $(VENV)/installed  ## install, then ask the embedded model about a picture, dense and pruned
+	$(BIN)/vtprune ask $(IMAGE) "$(QUESTION)" --method $(METHOD) --keep $(KEEP) --overlay $(OVERLAY)
+
+test: lint  ## install with the dev extras, lint, then run the whole test suite
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-dev  ## ruff (rules and format) and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev  ## fix what ruff can fix
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(SPEC) | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(SPEC) | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/installed

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many visual tokens may stay, and how that number is spread over images, views and frames."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .errors import ConfigError
+from .tokens import VisualTokens
+
+SCOPES = ("per_image", "joint")
+ALLOCATIONS = ("equal", "pooled")
+
+
+class Pools(NamedTuple):
+    """Consecutive runs of flat rows in which tokens compete, and how many each run may keep (host numbers).
+
+    A pool is a segment, an image or a sample, as the budget says; no pool reaches across samples.
+    """
+
+    lens: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+def largest_remainder(total: int, weights: Sequence[int]) -> tuple[int, ...]:
+    """Split `total` in proportion to `weights` (never above a weight); what is left over goes to the largest
+    remainders, ties to the lowest index. Needs ``total <= sum(weights)``."""
+    full = sum(weights)
+    if full == 0:
+        return tuple(0 for _ in weights)
+    shares = [total * w // full for w in weights]
+    # Integer remainders: exact, so that ties are ties on every machine.
+    by_remainder = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % full), i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return tuple(shares)
+
+
+def check_keep(keep: Any) -> float | int:
+    """Return `keep` as a float in (0, 1] (a fraction kept) or an int >= 1 (a count per image).
+
+    Raises
+    ------
+    ConfigError
+        For any other value, with the cure.
+    """
+    cure = "give a fraction kept in (0, 1], such as 0.25, or a whole number of tokens per image, such as 128"
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise ConfigError(f"keep={keep!r} is a {type(keep).__name__}; {cure}")
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ConfigError(f"keep={keep} keeps no token; {cure}")
+        return int(keep)
+    value = float(keep)
+    if not math.isfinite(value) or not 0.0 < value <= 1.0:
+        hint = f" (did you mean the count keep={int(value)}?)" if value > 1 and value.is_integer() else ""
+        raise ConfigError(f"keep={keep!r} lies outside (0, 1]{hint}; {cure}")
+    return value
+
+
+def parse_keep(text: str) -> float | int:
+    """Read a budget from the command line: ``0.25``, ``1/9`` and ``25%`` are fractions kept, ``128t`` is a count.
+
+    A bare whole number is refused, because ``1`` could mean everything or one token.
+    """
+    s = text.strip().lower()
+    cure = "write a fraction (0.25, 1/9, 25%) or a count of tokens per image (128t)"
+    try:
+        if s.endswith("t"):
+            return check_keep(int(s[:-1]))
+        if s.endswith("%"):
+            return check_keep(float(s[:-1]) / 100)
+        if "/" in s:
+            top, bottom = s.split("/")
+            return check_keep(float(int(top) / int(bottom)))
+        if s.lstrip("+-").isdigit():
+            check_keep(int(s))
+            raise ConfigError(f"keep {text!r} could be a fraction or a count; write {s}t for {s} tokens or 1.0 for all")
+        return check_keep(float(s))
+    except ConfigError:
+        raise
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ConfigError(f"keep {text!r} is not a budget; {cure}") from None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens may stay; separators (newlines, vision_start/end) do not count.
+
+    Parameters
+    ----------
+    keep
+        A float is the fraction KEPT, in (0, 1]; an int is a count per image. A video counts as one image.
+        ``K_image = max(1, floor(N_image * keep + 1e-6))`` for a fraction, ``min(keep, N_image)`` for a count.
+    scope
+        ``"per_image"``: every image has its own budget. ``"joint"``: the images of one sample share the sum.
+    allocation
+        How an image's budget meets its segments (AnyRes views, video frames). ``"equal"``: every segment keeps the
+        same share (largest remainder, ties to the lowest index). ``"pooled"``: all segments of the image compete.
+        With ``scope="joint"`` everything in the sample competes.
+    """
+
+    keep: float | int = 0.25
+    scope: str = "per_image"
+    allocation: str = "equal"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        if self.scope not in SCOPES:
+            raise ConfigError(f"scope={self.scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+        if self.allocation not in ALLOCATIONS:
+            raise ConfigError(f"allocation={self.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}")
+
+    def image_count(self, n: int) -> int:
+        """Tokens that an image of `n` visual tokens keeps."""
+        if n == 0:
+            return 0
+        if isinstance(self.keep, int):
+            return min(self.keep, n)
+        return min(n, max(1, math.floor(n * self.keep + 1e-6)))
+
+    def pools(self, tokens: VisualTokens) -> Pools:
+        """Where tokens compete and how many win, as host numbers. Pools follow the order of the flat rows.
+
+        At a layer stage, where earlier stages have already dropped tokens, the budget still counts from the tokens
+        that the images came with (``tokens.ctx["image_lens"]``), and never exceeds what is left.
+        """
+        image_lens = tokens.image_lens
+        wanted = [self.image_count(n) for n in tokens.ctx.get("image_lens", image_lens)]
+        if self.scope == "joint":
+            lens, totals = [0] * tokens.num_samples, [0] * tokens.num_samples
+            for image, sample in enumerate(tokens.image_sample):
+                lens[sample] += image_lens[image]
+                totals[sample] += wanted[image]
+            return Pools(tuple(lens), tuple(map(min, totals, lens)))
+        counts = tuple(map(min, wanted, image_lens))
+        if self.allocation == "pooled":
+            return Pools(image_lens, counts)
+        shares: list[int] = []
+        for image, k in enumerate(counts):
+            segments = [n for n, i in zip(tokens.seqlens, tokens.seg_image, strict=True) if i == image]
+            shares.extend(largest_remainder(k, segments))
+        return Pools(tokens.seqlens, tuple(shares))

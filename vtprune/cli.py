@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``vtprune`` command.
+
+Results go to stdout, progress and errors to stderr. Every mistake of the user is one line ``error: ...`` that names the
+cure, with exit code 2. Heavy imports happen inside the commands, so that ``vtprune --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .errors import ConfigError, InputError, VTPruneError, VTPruneWarning
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .config import PruneConfig
+
+T = TypeVar("T")
+
+DTYPES = ("float32", "bfloat16", "float16")
+#: Prefill is repeated until this much time is spent, at least once and at most REPEATS times; the median is shown.
+REPEAT_SECONDS, REPEATS = 2.0, 9
+
+app = typer.Typer(
+    name="vtprune",
+    help="Prune the visual tokens of vision-language models.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One answer and what it cost.
+
+    Parameters
+    ----------
+    answer
+        The generated text.
+    visual_tokens
+        Visual tokens that the language model was given.
+    prefill_ms
+        Median time until the first token: vision tower, scoring, packing and the prefill of the language model.
+    total_ms
+        Time until the last token, measured once.
+    prefill_flops
+        Operations of the language model's prefill, counted from its shapes.
+    """
+
+    answer: str
+    visual_tokens: int
+    prefill_ms: float
+    total_ms: float
+    prefill_flops: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except VTPruneError as error:
+        return _fail(error)
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # What the argument parser says about wrong arguments. Its exception classes moved between versions of typer,
+        # the method did not.
+        if hasattr(error, "format_message"):
+            return _fail(error.format_message())
+        raise
+
+
+def _fail(reason: object) -> int:
+    print("error:", _one_line(reason), file=sys.stderr)
+    return 2
+
+
+def _one_line(reason: object) -> str:
+    return " ".join(str(reason).split())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print("vtprune", __version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Prune the visual tokens of vision-language models."""
+
+
+@app.command()
+def methods() -> None:
+    """List the pruning methods."""
+    from .registry import methods as known
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("method", "mechanism", "query-aware", "training-free", "paper"):
+        table.add_column(column, overflow="fold")
+    for name, cls in known().items():
+        yes_no = ["yes" if flag else "no" for flag in (cls.query_aware, cls.training_free)]
+        table.add_row(f"[bold]{name}[/]", cls.mechanism, *yes_no, cls.paper)
+    Console().print(table)
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name.")
+    ] = "pocket-llava",
+    method: Annotated[str, typer.Option(help="How to choose tokens; see `vtprune methods`.")] = "idpruner",
+    keep: Annotated[str, typer.Option(help="What stays: a fraction (0.25, 1/9, 25%) or a count (128t).")] = "1/4",
+    overlay: Annotated[
+        Path | None, typer.Option(help="Write a PNG that shows which patches were kept.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    device: Annotated[str | None, typer.Option(help="For example cpu or cuda:0.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}.", show_default=False)] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of the method, as key=value; repeatable.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Ask about a picture twice: with all visual tokens, and with those that a method keeps."""
+    # Everything that can be wrong without the model is checked before the model is loaded.
+    if not question.strip():
+        raise InputError('the question is empty; write one, for example "what does the text say ?"')
+    if overlay is not None and not overlay.absolute().parent.is_dir():
+        raise ConfigError(f"--overlay {overlay}: the folder {overlay.parent} does not exist; create it first")
+    picture = _open_image(image)
+    with _quiet(as_json) as say:
+        say("starting")
+        config = _config(method, keep, option or [])
+        say(f"loading {model}")
+        net, processor = _load(model, device, dtype)
+        inputs = build_inputs(net, processor, picture, question)
+        say("answering with all visual tokens")
+        dense = _measure(net, processor, inputs, max_new_tokens)
+
+        import vtprune
+
+        with vtprune.apply(net, config) as handle:
+            say(f"answering with the tokens that {method} keeps")
+            pruned = _measure(net, processor, inputs, max_new_tokens)
+            report = handle.report()
+        if overlay is not None:
+            from .viz import overlay as draw
+            from .viz import seen_image
+
+            drawn = draw(seen_image(processor, inputs, picture), report.images[0], method)
+            try:
+                drawn.save(overlay, format="PNG")
+            except OSError as error:
+                raise ConfigError(f"cannot write the overlay {overlay} ({error}); choose another path") from None
+
+    rows = {
+        "dense": Measured(**dense, visual_tokens=report.tokens_in, prefill_flops=report.flops_before),
+        "pruned": Measured(**pruned, visual_tokens=report.tokens_out, prefill_flops=report.flops_after),
+    }
+    if as_json:
+        result: dict[str, Any] = {"image": str(image), "question": question, "model": model}
+        result |= {"method": method, "keep": keep, "options": config.options}
+        result |= {"device": str(net.device), "dtype": str(net.dtype).removeprefix("torch.")}
+        result |= {name: asdict(row) for name, row in rows.items()}
+        result |= {"info": report.info, "notes": report.notes, "overlay": str(overlay) if overlay else None}
+        print(json.dumps(result))
+    else:
+        _print_table(rows, f"{model} on {image.name}: {question}")
+        details = [f"{method}, keep {keep}", *(f"{key}: {value}" for key, value in report.info.items())]
+        console = Console(highlight=False)
+        console.print(", ".join(details), style="dim")
+        for note in report.notes:
+            console.print("note:", note, markup=False)
+        if overlay is not None:
+            console.print(f"kept patches: {overlay}", markup=False)
+
+
+def _print_table(rows: dict[str, Measured], title: str) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("answer", overflow="fold", ratio=1)
+    for column in ("visual tokens", "prefill ms", "total ms", "LLM GFLOP"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        numbers = [str(row.visual_tokens), f"{row.prefill_ms:.1f}", f"{row.total_ms:.1f}"]
+        table.add_row(name, row.answer, *numbers, f"{row.prefill_flops / 1e9:.1f}")
+    console = Console(highlight=False)
+    console.print(title, markup=False)
+    console.print(table, markup=False)
+
+
+@contextlib.contextmanager
+def _quiet(silent: bool) -> Iterator[Callable[[str], None]]:
+    """Show what is going on in one moving line on stderr, and keep the libraries below from writing over it."""
+    console = Console(stderr=True, highlight=False)
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, VTPruneWarning):
+            console.print("warning:", _one_line(message), markup=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", VTPruneWarning)
+        warnings.showwarning = show
+        # Not a terminal: no line that moves, and no traces of one in a log.
+        if not console.is_terminal or silent:
+            yield lambda _: None
+        else:
+            with console.status("starting") as status:
+                yield lambda text: status.update(f"{text} …")
+
+
+def _open_image(path: Path) -> Image.Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    cure = "give the path of a PNG, JPEG or WebP file"
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"there is no image {path}; {cure}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not an image; {cure}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not a picture that Pillow can read; {cure}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read the image {path} ({_one_line(error)}); save it again, or {cure}") from None
+
+
+def _config(method: str, keep: str, options: Sequence[str]) -> PruneConfig:
+    from .budget import parse_keep
+    from .config import PruneConfig
+
+    parsed: dict[str, Any] = {}
+    for item in options:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--option {item!r} is not of the form key=value, for example importance=norm")
+        try:
+            parsed[key.strip()] = json.loads(value)  # numbers, true, false, null
+        except ValueError:
+            parsed[key.strip()] = value
+    return PruneConfig(method=method, keep=parse_keep(keep), options=parsed)
+
+
+def _load(model: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    """The model and its processor, loaded without a word from the libraries below."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ConfigError(f"--device {device} cannot be used ({_first_line(error)}); try --device cpu") from None
+
+    import vtprune
+
+    return vtprune.load(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def build_inputs(model: Any, processor: Any, picture: Image.Image, question: str) -> Any:
+    """What the model is given for one picture and one question, on its device and in its dtype.
+
+    The processor's chat template words the prompt; a processor without one gets the format of LLaVA-1.5.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    else:
+        token = getattr(processor, "image_token", "<image>")
+        inputs = processor(images=picture, text=f"USER: {token}\n{question} ASSISTANT:", return_tensors="pt")
+    return inputs.to(model.device, dtype=model.dtype)
+
+
+def _measure(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> dict[str, Any]:
+    """The fields of `Measured` that need a clock: answer, prefill_ms, total_ms."""
+    greedy = {"do_sample": False, "num_beams": 1}
+
+    def prefill() -> Any:
+        return model.generate(**inputs, **greedy, max_new_tokens=1)
+
+    prefill()  # the first call allocates and picks kernels
+    times: list[float] = []
+    while not times or (len(times) < REPEATS and sum(times) < 1000 * REPEAT_SECONDS):
+        times.append(_timed(prefill, model.device)[1])
+    output, total_ms = _timed(lambda: model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens), model.device)
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    answer = processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+    return {"answer": answer, "prefill_ms": statistics.median(times), "total_ms": total_ms}
+
+
+def _timed(call: Callable[[], T], device: Any) -> tuple[T, float]:
+    """The result of `call` and how long it took in milliseconds, with the device idle before and after."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = call()
+    wait()
+    return result, 1000 * (time.perf_counter() - start)

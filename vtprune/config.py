@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PruneConfig`: everything that `apply` can be told, as a validated dataclass that goes to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .budget import Budget
+from .errors import ConfigError
+from .registry import Pruner, build, nearest
+
+CONFIG_NAME = "vtprune.json"
+POSITIONS = ("original", "compact")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What to prune, with which method, down to how much.
+
+    Parameters
+    ----------
+    method
+        Name of a method, see `vtprune.methods()`.
+    keep
+        A float in (0, 1] is the fraction of visual tokens kept, an int a count per image (see `Budget`).
+    positions
+        ``"original"``: kept tokens keep the position ids of the full prompt, and decoding goes on from the full
+        length. ``"compact"``: the pruned prompt is renumbered 0, 1, 2, ...; M-RoPE models lose the picture's layout.
+    scope, allocation
+        See `Budget`.
+    restore
+        True: hidden states, and so logits, come back at the length of the input (zeros where a token was dropped), so
+        that labels fit. False: they come back at the pruned length, left-padded.
+    options
+        The method's own options.
+
+    Raises
+    ------
+    ConfigError
+        At construction, for any value that cannot be used.
+    """
+
+    method: str = "idpruner"
+    keep: float | int = 0.25
+    positions: str = "original"
+    scope: str = "per_image"
+    allocation: str = "equal"
+    restore: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise ConfigError(f"method={self.method!r} is a {type(self.method).__name__}; give a method's name")
+        if self.positions not in POSITIONS:
+            raise ConfigError(f"positions={self.positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
+        if not isinstance(self.restore, bool):
+            raise ConfigError(f"restore={self.restore!r} must be True or False")
+        if not isinstance(self.options, dict):
+            raise ConfigError(f"options={self.options!r} must be a dict of the method's options")
+        object.__setattr__(self, "keep", self.budget().keep)
+        self.pruner()
+
+    def budget(self) -> Budget:
+        return Budget(self.keep, self.scope, self.allocation)
+
+    def pruner(self) -> Pruner:
+        """A new pruner with these options."""
+        return build(self.method, self.options)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PruneConfig:
+        """Read what `to_json` wrote; unknown keys are errors, because a typo must not silently become a default."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"the config is not valid JSON ({error}); write one with PruneConfig.save") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"the config holds a JSON {type(data).__name__}; expected one like {{'keep': 0.25}}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in data:
+            if key not in known:
+                hint = nearest(key, known)
+                raise ConfigError(f"the config has an unknown key {key!r}{hint}; known: {', '.join(known)}")
+        return cls(**data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON to `path`; a folder (for example a checkpoint) gets a file ``vtprune.json``."""
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruneConfig:
+        """Read a file that `save` wrote, or ``vtprune.json`` in a folder."""
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the config {path} ({error}); write one with PruneConfig.save") from None
+        return cls.from_json(text)

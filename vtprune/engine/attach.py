@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: hooks on, hooks off, and which hook does what.
+
+Three hooks carry it, all removable and none on a class: one on the inner multimodal model, which sees ids, pixels,
+grids and the cache; one on its text model, which sees embeddings, positions and mask; one on the text model's rotary
+embedding, which gets the true positions while everything else sees contiguous ones, because attention code takes gaps
+in positions for borders between packed sequences. Beside them the inner model's ``get_*_features`` are wrapped on the
+instance: newer transformers encode pictures in generate(), before the forward, and take grids and sizes away.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PruneConfig
+from ..errors import ConfigError, InputError, UnsupportedModelError, VTPruneError, VTPruneWarning
+from ..models.base import PIXEL_KEYS, Family
+from ..tokens import Probe
+from . import positions as pos
+from . import probes
+from .call import Call, Encoded, Job
+from .layers import enter_layer
+from .prefill import prune_prompt, unpack
+from .report import Report, make_report
+
+_ATTRIBUTE = "_vtprune_engine"
+#: Guards hooks on and hooks off, of any model.
+LOCK = threading.RLock()
+_force_pack: ContextVar[bool] = ContextVar("vtprune_force_pack", default=False)
+_override: ContextVar[tuple[tuple[weakref.ref[Engine], Job | None], ...]] = ContextVar("vtprune_override", default=())
+
+
+@contextmanager
+def force_pack() -> Iterator[None]:
+    """Run the whole packing machinery even where every row is kept, so that a test can tell it from a bypass."""
+    token = _force_pack.set(True)
+    try:
+        yield
+    finally:
+        _force_pack.reset(token)
+
+
+class _Local(threading.local):
+    call: Call | None = None
+    labels: Tensor | None = None
+    encode: frozenset[Probe] | None = None
+    report: Callable[[], Report] | None = None
+
+
+class Engine:
+    """One per model, found with `engine_of`. Holds no tensor of a past call but what the report needs."""
+
+    def __init__(self, family: Family) -> None:
+        if not hasattr(family.lm, "rotary_emb") or not hasattr(family.lm, "layers"):
+            raise UnsupportedModelError(
+                f"the language model {type(family.lm).__name__} has no rotary_emb or no layers, so its positions "
+                "cannot be kept; use a checkpoint with a Llama-like or Qwen-like language model"
+            )
+        self.family = family
+        self.tap = probes.EncoderTap(family, self._wanted_probes)
+        self.signature = list(inspect.signature(family.inner.forward).parameters)
+        self.job: Job | None = None
+        self.users = 0
+        self.local = _Local()
+        self.last_report: Callable[[], Report] | None = None
+        self.handles: list[Any] = []
+        self.first_hooked_layer = len(family.lm.layers)
+        self.reset_counters()
+
+    def reset_counters(self) -> None:
+        """Forget what has fired; `silence` says why nothing has."""
+        self.fired = False
+        self.silence = "no forward was run"
+
+    def __deepcopy__(self, memo: Any) -> Engine:
+        raise VTPruneError("a model with vtprune applied cannot be copied; call vtprune.remove(model) first")
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise VTPruneError("a model with vtprune applied cannot be pickled; call vtprune.remove(model) first")
+
+    # -- on and off ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        inner, lm, outer = self.family.inner, self.family.lm, self.family.model
+        self.handles += [
+            inner.register_forward_pre_hook(self._enter, with_kwargs=True),
+            inner.register_forward_hook(self._leave, always_call=True),
+            lm.register_forward_pre_hook(self._enter_text_model, with_kwargs=True),
+            lm.register_forward_hook(self._leave_text_model),
+            lm.rotary_emb.register_forward_pre_hook(self._rotary, with_kwargs=True),
+        ]
+        if outer is not inner:
+            self.handles.append(outer.register_forward_pre_hook(self._copy_labels, with_kwargs=True))
+        self.tap.attach()
+        setattr(inner, _ATTRIBUTE, self)
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.first_hooked_layer = [], len(self.family.lm.layers)
+        self.tap.detach()
+        self.family.inner.__dict__.pop(_ATTRIBUTE, None)
+
+    def prepare(self, config: PruneConfig) -> Job:
+        """Check that `config` can run on this model, and hook what only it needs.
+
+        Raises
+        ------
+        ConfigError, UnsupportedModelError
+            The method needs a layer, or a probe, that the model does not have.
+        """
+        pruner = config.pruner()
+        stages = pruner.stages()
+        last = len(self.family.lm.layers) - 1
+        for stage in stages:
+            if stage.layer is not None and not 0 <= stage.layer < last:
+                raise ConfigError(
+                    f"method {config.method!r} prunes after layer {stage.layer}, but the model has layers 0 to {last}; "
+                    f"choose a layer in 0..{last - 1}"
+                )
+        for probe in pruner.needs:
+            if not self.family.has_probe(probe):
+                raise UnsupportedModelError(
+                    f"method {config.method!r} needs {probe.name!r} of encoder layer {probe.layer}, which this "
+                    f"{self.family.label} encoder does not have; choose another method"
+                    + (" or importance='auto'" if probe.name == "cls_row" else "")
+                )
+        wanted = pruner.needs | {p for p in pruner.wants if self.family.has_probe(p)}
+        job = Job(config, pruner, config.budget(), stages, wanted)
+        self.tap.hook(wanted)
+        if job.layer_stages:
+            self._hook_layers(min(job.layer_stages))
+        return job
+
+    def _hook_layers(self, first: int) -> None:
+        """Hook every decoder layer from `first` on, once."""
+        layers = self.family.lm.layers
+        if any(getattr(layer.self_attn, "sliding_window", None) for layer in layers):
+            raise UnsupportedModelError(
+                "pruning inside a language model with sliding-window layers is not supported; use a method that "
+                "prunes at the projector"
+            )
+        with LOCK:
+            for i in range(first, self.first_hooked_layer):
+                hook = functools.partial(self._enter_layer, i)
+                self.handles.append(layers[i].register_forward_pre_hook(hook, with_kwargs=True))
+            self.first_hooked_layer = min(first, self.first_hooked_layer)
+
+    # -- which job ----------------------------------------------------------------------------------------------------
+
+    def active_job(self) -> Job | None:
+        """The innermost override of this thread or task, else what was applied."""
+        for engine, job in reversed(_override.get()):
+            if engine() is self:
+                return job
+        return self.job
+
+    def _wanted_probes(self) -> Collection[Probe]:
+        if self.local.encode is not None:
+            return self.local.encode
+        job = self.active_job()
+        return job.probes if job is not None else ()
+
+    # -- the model with its head --------------------------------------------------------------------------------------
+
+    def _copy_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the loss read a copy of the labels, in which those of dropped tokens will be ignored."""
+        labels = kwargs.get("labels")
+        self.local.labels = None if labels is None or self.active_job() is None else labels.clone()
+        return None if self.local.labels is None else (args, {**kwargs, "labels": self.local.labels})
+
+    # -- the multimodal model -----------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kw = {**dict(zip(self.signature, args, strict=False)), **kwargs}
+        call = self.local.call = Call(self.active_job(), labels=self.local.labels)
+        self.local.labels = None
+        self.tap.collect_into(call.encodings)
+        ids, embeds, cache = kw.get("input_ids"), kw.get("inputs_embeds"), kw.get("past_key_values")
+        state = pos.state_of(cache)
+        encoded = {m: out for m, out in (kw.get("mm_encoder_outputs") or {}).items() if out is not None}
+        visual = bool(encoded) or any(kw.get(k) is not None for k in PIXEL_KEYS)
+        if not visual and (cache is None or cache.get_seq_length() == 0):
+            self.silence = (
+                "the inputs were embeddings without pixels, so no row is known to be visual"
+                if ids is None
+                else "no forward had pictures in its inputs"
+            )
+        if visual and (call.job is not None or state is not None or self.local.encode is not None):
+            call.ids = ids
+            call.given = {k: kw[k] for k in ("second_per_grid_ts", "mm_token_type_ids") if kw.get(k) is not None}
+            call.masks = probes.placeholder_masks(self.family, ids, embeds)
+            for modality, out in encoded.items():
+                call.encodings[modality] = probes.encoding_of(modality, out)
+                call.given[f"{modality}_features"] = getattr(out, "pooler_output", None)
+        elif state is not None and kw.get("position_ids") is None:
+            # A hand-written decoding loop: the model would count positions from the length of the pruned cache.
+            new: Any = ids if ids is not None else embeds
+            valid = torch.ones(new.shape[:2], dtype=torch.bool, device=new.device)
+            kw["position_ids"] = pos.advance(state.next_original, valid)[0]
+        return (), kw
+
+    def _leave(self, *_: Any) -> None:
+        self.local.call = None
+        self.tap.collect_into(None)
+
+    # -- the text model -----------------------------------------------------------------------------------------------
+
+    def _enter_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, cache, embeds = self.local.call, kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        state = pos.state_of(cache)
+        if call is None and state is not None:
+            call = self.local.call = Call(None)  # the text model was called by itself on a pruned cache
+        if call is None or embeds is None or not (call.masks or state is not None):
+            return None
+        call.cache, call.past = cache, int(cache.get_seq_length()) if cache is not None else 0
+        kw = dict(kwargs)
+        valid = new_rows(kw.get("attention_mask"), state, call.past, embeds)
+        if call.masks:
+            return (args, kw) if self._prune(call, kw, state, valid) else None
+        assert state is not None
+        self._continue(call, kw, state, valid)
+        return args, kw
+
+    def _prune(self, call: Call, kw: dict[str, Any], state: pos.CacheState | None, valid: Tensor | None) -> bool:
+        """A prompt with pictures, on an empty or a filled cache; False where there is nothing to drop."""
+        embeds, job = kw["inputs_embeds"], call.job
+        new = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if valid is None else valid
+        # The one sync of a prefill: the prompt comes to the host, everything about its layout is integers there.
+        host_new = new.cpu().numpy()
+        host_masks = {m: mask.cpu().numpy() for m, mask in call.masks.items()}
+        layout = probes.match(call, host_masks)
+        if not host_new.reshape(-1)[layout.position].all():
+            raise InputError("the attention mask hides visual tokens; mask only padding")
+        position = torch.from_numpy(layout.position).to(embeds.device)
+        call.tokens = probes.tokens_of(self.family, call, layout, embeds, position)
+        if self.local.encode is not None or (job is not None and job.pruner.query_aware):
+            call.tokens = probes.with_question(self.family, call.tokens, call, layout, embeds, host_new, host_masks)
+        if self.local.encode is not None:
+            raise Encoded(call.tokens)
+        rows = host_new.sum(1)
+        if job is not None:  # the report is made when someone asks, so that a forward never waits for it
+            self.local.report = self.last_report = functools.partial(
+                make_report, job.config, layout, rows.tolist(), call.trace, call.counts, self.family.config.text_config
+            )
+        if not _force_pack.get() and state is None and (job is None or job.keeps_everything(call.tokens)):
+            if job is not None:
+                self._note_nothing_dropped(job, max(call.tokens.image_lens, default=0))
+            return False
+        if job is not None and job.layer_stages and module_checkpoints(self.family.lm):
+            raise UnsupportedModelError(
+                "pruning inside the language model does not work with gradient checkpointing, which runs layers "
+                "again; switch it off or use a method that prunes at the projector"
+            )
+        prune_prompt(self.family, call, kw, state, new, rows, position)
+        self._hook_stages(call)
+        return True
+
+    def _note_nothing_dropped(self, job: Job, largest: int) -> None:
+        self.fired = True  # it did what it was told to
+        if isinstance(job.config.keep, int) and largest:
+            warnings.warn(
+                f"keep={job.config.keep} is not below the {largest} visual tokens of any image: all are kept; give a "
+                "smaller number, or a fraction",
+                VTPruneWarning,
+                stacklevel=2,
+            )
+
+    def _continue(self, call: Call, kw: dict[str, Any], state: pos.CacheState, valid: Tensor | None) -> None:
+        """New text on a pruned cache."""
+        embeds = kw["inputs_embeds"]
+        batch, queries, _ = embeds.shape
+        if state.next_original.shape[0] != batch:
+            raise InputError(
+                f"the pruned cache belongs to a batch of {state.next_original.shape[0]}, but {batch} rows came; start "
+                "with a new cache"
+            )
+        all_valid = valid is None or queries == 1 or bool(valid.all())
+        new = torch.ones(batch, queries, dtype=torch.bool, device=embeds.device) if valid is None else valid
+        original, next_original = pos.advance(state.next_original, new)
+        positions, next_position = pos.advance(state.next_position, new)
+        pos.check_continuation(kw.get("position_ids"), original, new)
+        call.state = replace(
+            state,
+            masks={k: torch.cat([m, new], 1) for k, m in state.masks.items()},
+            full={k: f and all_valid for k, f in state.full.items()},
+            length=state.length + queries,
+            prompt_length=state.prompt_length + queries,
+            next_original=next_original,
+            next_position=next_position,
+        )
+        call.set_sequence(kw, embeds, positions.expand(3, -1, -1) if state.mrope else positions)
+        self._hook_stages(call)
+
+    def _hook_stages(self, call: Call) -> None:
+        """A cache that was pruned inside the language model needs the layer hooks whatever is applied by now."""
+        assert call.state is not None
+        first = min((k for k in call.state.masks if k), default=None)
+        if first is not None:
+            self._hook_layers(first)
+
+    def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.local.call
+        if call is None or call.rotary is None:
+            return None
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": call.rotary}
+        return (args[0], call.rotary, *args[2:]), kwargs
+
+    def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.local.call
+        if call is None or call.state is None or call.state.group(index) == 0:
+            return None
+        kw = dict(kwargs)
+        hidden = args[0] if args else kw["hidden_states"]
+        hidden = enter_layer(call, index, hidden, kw, self.family.lm.config._attn_implementation)
+        return ((hidden, *args[1:]), kw) if args else (args, {**kw, "hidden_states": hidden})
+
+    def _leave_text_model(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        call = self.local.call
+        if call is None or call.state is None:
+            return None
+        cache = call.cache
+        if cache is None:  # the text model may have made one
+            values = out if isinstance(out, tuple) else (getattr(out, "past_key_values", None),)
+            cache = next((v for v in values if hasattr(v, "get_seq_length")), None)
+        if cache is not None:
+            pos.commit(cache, call.state)
+        if not call.packs:
+            return None
+        self.fired = self.fired or bool(call.trace)
+        slot_of = call.packs[0].slot_of
+        for later in call.packs[1:]:
+            slot_of = torch.where(slot_of < 0, slot_of, later.slot_of.gather(1, slot_of.clamp_min(0)))
+        restore = call.job is None or call.job.config.restore
+        if call.labels is not None:
+            ignore_dropped(call.labels, slot_of, restore)
+        if not restore:
+            return None
+        if isinstance(out, tuple):
+            return (unpack(out[0], slot_of), *out[1:])
+        out.last_hidden_state = unpack(out.last_hidden_state, slot_of)
+        return out
+
+
+def new_rows(mask: Any, state: pos.CacheState | None, past: int, embeds: Tensor) -> Tensor | None:
+    """Which new rows are tokens, ``[B, q]`` bool; None if all are.
+
+    Raises
+    ------
+    InputError
+        The mask is of a kind, or a length, that does not fit the cache.
+    """
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    if mask is None:
+        return None
+    if mask.ndim != 2:
+        raise InputError(
+            f"a {mask.ndim}-D attention mask (static cache, or a custom mask) cannot be pruned; pass a 2-D mask and a "
+            "dynamic cache"
+        )
+    queries = embeds.shape[1]
+    before = state.prompt_length if state is not None else past
+    if mask.shape[1] != before + queries:
+        raise InputError(
+            f"the attention mask has {mask.shape[1]} columns, but {before} tokens were passed before and {queries} are "
+            "new; pass only the new tokens, with the mask of the whole conversation (dropped tokens and padding "
+            "included)"
+        )
+    return mask[:, before:].to(embeds.device).bool()
+
+
+def ignore_dropped(labels: Tensor, slot_of: Tensor, restore: bool) -> None:
+    """Set the labels ``[B, L]`` of dropped tokens to -100, in place."""
+    if not restore:
+        raise InputError("labels need restore=True, which brings logits back to the length of the labels")
+    # A slot was kept if its packed slot is not its predecessor's.
+    kept = torch.diff(slot_of, dim=1, prepend=torch.full_like(slot_of[:, :1], -1)) != 0
+    labels.masked_fill_(~kept.to(labels.device), -100)
+
+
+def module_checkpoints(lm: Any) -> bool:
+    return bool(lm.training and getattr(lm, "gradient_checkpointing", False))
+
+
+def engine_of(family: Family) -> Engine | None:
+    """The engine on this model, if vtprune is on it."""
+    return getattr(family.inner, _ATTRIBUTE, None)
+
+
+@contextmanager
+def overriding(engine: Engine, job: Job | None) -> Iterator[None]:
+    """Let `job` replace the engine's own in this thread or task."""
+    token = _override.set((*_override.get(), (weakref.ref(engine), job)))
+    try:
+        yield
+    finally:
+        _override.reset(token)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one forward is doing: the configuration it runs under (`Job`) and what has happened so far (`Call`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from ..config import PruneConfig
+from ..errors import VTPruneError
+from ..models.base import Encoding
+from ..registry import Pruner
+from ..tokens import Probe, Selection, Stage, VisualTokens
+from .positions import CacheState
+from .prefill import Pack
+from .report import Trace
+
+
+class Encoded(Exception):
+    """Raised by the engine itself to stop a forward before the language model; carries the tokens."""
+
+    def __init__(self, tokens: VisualTokens) -> None:
+        self.tokens = tokens
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration made ready for one model."""
+
+    config: PruneConfig
+    pruner: Pruner
+    budget: Budget
+    stages: tuple[Stage, ...]
+    probes: frozenset[Probe]
+
+    def budget_at(self, stage: Stage) -> Budget:
+        return self.budget if stage.keep is None else replace(self.budget, keep=stage.keep)
+
+    @property
+    def projector_stage(self) -> Stage | None:
+        return next((s for s in self.stages if s.layer is None), None)
+
+    @property
+    def layer_stages(self) -> dict[int, Stage]:
+        """Stages inside the language model, by the layer whose input they prune."""
+        return {s.layer + 1: s for s in self.stages if s.layer is not None}
+
+    def keeps_everything(self, tokens: VisualTokens) -> bool:
+        """True where no image can lose a token."""
+        budgets = [self.budget_at(s) for s in self.stages]
+        if all(isinstance(b.keep, float) and b.keep == 1.0 for b in budgets):
+            return True
+        if self.pruner.adaptive or not tokens.num_images:
+            return False
+        return all(pools.lens == pools.counts for pools in (b.pools(tokens) for b in budgets))
+
+    def select(self, tokens: VisualTokens, stage: Stage, batch: int) -> tuple[Selection, np.ndarray]:
+        """Let the pruner choose; also kept tokens per sample ``[batch]`` as host numbers.
+
+        These come from the budget; for adaptive methods they come from the selection, which is one host sync.
+        """
+        budget = self.budget_at(stage)
+        with torch.no_grad():
+            selection = self.pruner.select(tokens, budget, stage)
+        if self.pruner.adaptive:
+            sample = np.asarray([tokens.image_sample[i] for i in tokens.seg_image], np.int64)
+            kept = np.diff(selection.cu_seqlens.cpu().numpy())
+            return selection, np.bincount(sample, kept, batch).astype(np.int64)
+        pools = budget.pools(tokens)
+        if len(selection) != sum(pools.counts):
+            raise VTPruneError(
+                f"method {self.config.method!r} kept {len(selection)} tokens where its budget was "
+                f"{sum(pools.counts)}; a method that finds its own count must say adaptive = True"
+            )
+        # Pools nest in samples, and both follow the flat rows: where a pool starts tells its sample.
+        ends = np.cumsum(per_sample(tokens, batch))
+        starts = np.concatenate([[0], np.cumsum(pools.lens)[:-1]]) if pools.lens else np.zeros(0)
+        filled = np.asarray(pools.lens) > 0
+        sample = np.searchsorted(ends, starts[filled], side="right")
+        return selection, np.bincount(sample, np.asarray(pools.counts)[filled], batch).astype(np.int64)
+
+
+def per_sample(tokens: VisualTokens, batch: int) -> np.ndarray:
+    """Visual tokens per sample, ``[batch]`` int64."""
+    images = np.asarray(tokens.image_sample, np.int64)
+    return np.bincount(images, np.asarray(tokens.image_lens), batch).astype(np.int64)
+
+
+@dataclass
+class Call:
+    """One forward of the inner model, from its first hook to its last.
+
+    Parameters
+    ----------
+    job
+        None where only a pruned cache has to be carried on.
+    ids, masks, encodings, given
+        The prompt, its placeholders by modality, what the encoder did by modality, other arguments of the forward.
+    labels
+        The copy of the labels that the loss will read.
+    cache, past, state
+        The cache, its length before this forward, and the state that it will carry after it.
+    rotary
+        True positions for the rotary embedding, where the text model is handed contiguous ones.
+    tokens, slots
+        Visual tokens that are still there, and their packed slots ``sample * width + slot``.
+    trace, packs, counts
+        Per stage: what it kept, how its rows were packed, rows per sample after it. `packs` and `counts` start with
+        the packing of the prompt, whether or not a stage pruned it.
+    layer_inputs, layer_masks
+        What layers above a stage get in place of what the text model passes.
+    """
+
+    job: Job | None
+    ids: Tensor | None = None
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    encodings: dict[str, Encoding] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+    cache: Any = None
+    past: int = 0
+    state: CacheState | None = None
+    rotary: Tensor | None = None
+    tokens: VisualTokens | None = None
+    slots: Tensor | None = None
+    trace: list[Trace] = field(default_factory=list)
+    packs: list[Pack] = field(default_factory=list)
+    counts: list[list[int]] = field(default_factory=list)
+    layer_inputs: dict[str, Any] = field(default_factory=dict)
+    layer_masks: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def set_sequence(self, kw: dict[str, Any], embeds: Tensor, positions: Tensor) -> None:
+        """Hand the text model its rows, an explicit mask, contiguous positions, and the true ones to its rotary.
+
+        Attention code takes gaps in positions, where no mask is given, for borders between packed sequences.
+        """
+        from . import positions as pos
+
+        assert self.state is not None
+        batch, queries, _ = embeds.shape
+        kw["inputs_embeds"] = embeds
+        kw["attention_mask"] = self.state.masks[0].long()
+        if positions.ndim == 3:
+            kw["position_ids"] = pos.with_text_row(positions, self.past)
+        else:
+            self.rotary = positions
+            kw["position_ids"] = pos.contiguous(batch, queries, self.past, embeds.device)
+        if kw.get("cache_position") is not None:  # transformers < 5.10
+            kw["cache_position"] = torch.arange(self.past, self.past + queries, device=embeds.device)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning inside the language model: above a stage each layer has a cache length, and so a mask, of its own.
+
+A stage prunes the input of a layer, in a hook on that layer. The text model's loop knows nothing of it and goes on to
+hand out full-length positions and masks, so every layer above the first stage is given its own. No layer runs twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..tokens import Stage
+from . import positions as pos
+from .prefill import gather, pack
+from .report import Trace
+
+if TYPE_CHECKING:
+    from .call import Call
+
+
+def backend(implementation: str) -> str:
+    """Which kind of mask an attention implementation takes: ``"flash"`` (2-D), ``"sdpa"`` (bool) or ``"eager"``."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+    name = getattr(function, "__name__", "") + implementation
+    for kind in ("flash", "sdpa", "eager"):
+        if kind in name and "flex" not in name:
+            return kind
+    raise UnsupportedModelError(
+        f"pruning inside the language model does not know the masks of attn_implementation={implementation!r}; "
+        "use 'sdpa', 'eager' or a flash attention"
+    )
+
+
+def layer_mask(implementation: str, mask: Tensor, full: bool, queries: int, dtype: torch.dtype) -> Tensor | None:
+    """The attention mask for `queries` new slots on a cache whose slots `mask` (``[B, kv]`` bool) describes.
+
+    Parameters
+    ----------
+    full
+        `mask` is all True (a host value, so that no sync is needed).
+
+    Returns
+    -------
+    Tensor or None
+        None where the backend's own causal rule suffices; ``[B, kv]`` bool for flash attention; ``[B, 1, q, kv]``
+        bool for sdpa; the same in `dtype` with 0 and the least number for eager.
+    """
+    kind = backend(implementation)
+    slots = mask.shape[1]
+    if kind == "flash":
+        return None if full else mask
+    if kind == "sdpa" and full and (queries == 1 or queries == slots):
+        return None
+    key = torch.arange(slots, device=mask.device)
+    query = key[slots - queries :, None]
+    # A padding slot may see itself: a row without any key would give NaN, which would spread through its value.
+    allowed = ((key <= query) & mask[:, None, None, :]) | (key == query)
+    if kind == "sdpa":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=mask.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def enter_layer(call: Call, layer: int, hidden: Tensor, kw: dict[str, Any], implementation: str) -> Tensor:
+    """Prune the input of `layer` if a stage is due, and give the layer its own mask and positions through `kw`."""
+    assert call.state is not None
+    group = call.state.group(layer)
+    if layer == group:
+        stage = call.job.layer_stages.get(layer) if call.job is not None and call.packs else None
+        if stage is not None:
+            hidden = prune_layer(call, stage, layer, hidden, kw)
+        mask, full = call.state.masks[group], call.state.full[group]
+        call.layer_masks[group] = layer_mask(implementation, mask, full, hidden.shape[1], hidden.dtype)
+    kw.update(call.layer_inputs)
+    kw["attention_mask"] = call.layer_masks[group]
+    return hidden
+
+
+def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[str, Any]) -> Tensor:
+    """Drop visual rows of ``hidden [B, P, D]``; returns ``[B, P', D]``."""
+    from .call import per_sample
+    from .probes import survivors
+
+    job, state, tokens, slots = call.job, call.state, call.tokens, call.slots
+    assert job is not None and state is not None and tokens is not None and slots is not None
+    batch, width, dim = hidden.shape
+    slots = slots.to(hidden.device)
+    tokens = replace(tokens, features=hidden.reshape(-1, dim)[slots].detach())
+    selection, kept = job.select(tokens, stage, batch)
+    alive = call.trace[-1].kept if call.trace else torch.arange(len(slots), device=hidden.device)
+    order = None if selection.order is None else alive[selection.order]
+    call.trace.append(Trace(stage, alive[selection.index], order, selection.info))
+
+    keep = call.packs[-1].valid.to(hidden.device).clone()
+    keep.view(-1)[slots] = False
+    slots = slots[selection.index]
+    keep.view(-1)[slots] = True
+    counts = np.asarray(call.counts[-1]) - per_sample(tokens, batch) + kept
+    plan = pack(keep, counts.tolist())
+    if selection.features is not None:
+        merged = selection.features.to(hidden.dtype)
+        hidden = hidden.reshape(-1, dim).index_copy(0, slots, merged).view(batch, width, dim)
+    call.packs.append(plan)
+    call.counts.append(counts.tolist())
+    call.tokens = survivors(tokens, selection.index, selection.cu_seqlens)
+    call.slots = (slots // width) * plan.index.shape[1] + plan.slot_of.reshape(-1)[slots]
+
+    above = [first for first in state.masks if first >= layer]
+    past = {first: state.masks[first][:, : state.masks[first].shape[1] - width] for first in above}
+    call.state = replace(
+        state,
+        masks={**state.masks, **{first: torch.cat([past[first], plan.valid], 1) for first in above}},
+        full={**state.full, **{first: plan.full and (state.full[first] or not past[first].numel()) for first in above}},
+    )
+    now = {**kw, **call.layer_inputs}
+    call.layer_inputs = {
+        "position_embeddings": tuple(gather(e, plan.index, e.ndim - 2) for e in now["position_embeddings"])
+    }
+    # Attention backends read these two only for their lengths and for borders between packed sequences.
+    if now.get("position_ids") is not None:
+        call.layer_inputs["position_ids"] = pos.contiguous(batch, plan.index.shape[1], call.past, hidden.device)
+    if now.get("cache_position") is not None:  # transformers < 5.10
+        call.layer_inputs["cache_position"] = call.past + torch.arange(plan.index.shape[1], device=hidden.device)
+    return gather(hidden, plan.index, 1)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Position ids and the state that a pruned cache carries, so that decoding goes on from the right place.
+
+The cache of a pruned prompt is shorter than the prompt. Nothing about positions may be derived from its length: what
+comes next is kept here, on the cache object, so that beams, several generations and interleaved calls do not mix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+_ATTRIBUTE = "_vtprune_state"
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """What decoding on a pruned cache needs to know. Never changed in place: each forward commits a new one.
+
+    Parameters
+    ----------
+    masks : dict of int to Tensor
+        First layer of a group -> ``[B, kv]`` bool, which slots of that group's cache hold tokens (not padding). Key 0
+        always exists; later keys are layers where tokens were dropped inside the language model.
+    full : dict of int to bool
+        Whether that mask is all True, as a host value.
+    length
+        Cache length (layer 0) when this state was made.
+    prompt_length
+        Tokens that the caller has passed so far, dropped ones and padding included.
+    next_original : Tensor
+        ``[B]`` int64 position that the next token would have without pruning.
+    next_position : Tensor
+        ``[B]`` int64 position that the next token gets; differs with ``positions="compact"``.
+    mrope
+        Whether positions are triples.
+    """
+
+    masks: dict[int, Tensor] = field(repr=False)
+    full: dict[int, bool]
+    length: int
+    prompt_length: int
+    next_original: Tensor
+    next_position: Tensor
+    mrope: bool
+
+    def group(self, layer: int) -> int:
+        """First layer of the group that `layer` belongs to."""
+        return max(first for first in self.masks if first <= layer)
+
+    def rewound(self, length: int) -> CacheState:
+        """The same state for a cache that now holds `length` slots: generate() crops it when it rejects candidates."""
+        if length > self.length or self.length - length > self.prompt_length:
+            raise InputError(
+                f"the pruned cache holds {length} slots but {self.length} were recorded: it was changed outside of "
+                "the model; start again with a new cache"
+            )
+        gone = self.length - length
+        if gone == 0:
+            return self
+        return replace(
+            self,
+            masks={k: m[:, : m.shape[1] - gone] for k, m in self.masks.items()},
+            length=length,
+            prompt_length=self.prompt_length - gone,
+            next_original=self.next_original - gone,
+            next_position=self.next_position - gone,
+        )
+
+
+def state_of(cache: Any) -> CacheState | None:
+    """The state of a pruned cache, fitted to its present length; None for any other cache."""
+    state = getattr(cache, _ATTRIBUTE, None)
+    if state is None:
+        return None
+    length = int(cache.get_seq_length())
+    return state.rewound(length) if length else None
+
+
+def commit(cache: Any, state: CacheState) -> None:
+    setattr(cache, _ATTRIBUTE, state)
+
+
+def advance(next_position: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions ``[B, q]`` of new tokens that go on from `next_position` ``[B]``, and the next ones after them."""
+    steps = valid.long().cumsum(1)
+    # Padding gets the position of its predecessor: it is masked, it only must be a legal index.
+    positions = next_position[:, None] + (steps - 1).clamp_min(0)
+    return positions, next_position + steps[:, -1]
+
+
+def check_continuation(given: Tensor | None, expected: Tensor, valid: Tensor) -> None:
+    """More than one token on a pruned cache: make sure that they are the next ones, not the whole history.
+
+    Raises
+    ------
+    InputError
+        The caller's positions are not those that follow the cache. Without positions there is nothing to compare.
+    """
+    if given is None or valid.shape[1] == 1:
+        return
+    given = without_text_row(given)
+    given = given[0] if given.ndim == 3 else given
+    if bool(((given.to(expected.device) != expected) & valid).any()):
+        raise InputError(
+            f"{valid.shape[1]} tokens came for positions from {int(given[0, 0])} on, but the pruned cache goes on from "
+            f"{int(expected[0, 0])}; pass only the tokens that are not in the cache yet (the last generated one "
+            "included), with the attention mask of the whole conversation"
+        )
+
+
+def last_position(positions: Tensor, valid: Tensor) -> Tensor:
+    """Largest position of a valid token, ``[B]``; `positions` is ``[B, L]`` or ``[3, B, L]``. -1 without a token."""
+    rows = positions if positions.ndim == 3 else positions[None]
+    return rows.masked_fill(~valid[None], -1).amax(dim=(0, 2))
+
+
+def without_text_row(positions: Tensor) -> Tensor:
+    """Drop the 1-D text row that generate() puts before the three M-RoPE rows."""
+    return positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
+
+
+def with_text_row(positions: Tensor, past: int) -> Tensor:
+    """Put a contiguous 1-D row before three M-RoPE rows, ``[4, B, q]``.
+
+    Attention backends read only that row. Gaps in it would be taken for borders between packed sequences.
+    """
+    return torch.cat([contiguous(positions.shape[1], positions.shape[2], past, positions.device)[None], positions])
+
+
+def contiguous(batch: int, length: int, past: int, device: torch.device) -> Tensor:
+    """``past, past + 1, ...`` for every row, ``[B, length]``."""
+    return torch.arange(past, past + length, device=device).expand(batch, -1)

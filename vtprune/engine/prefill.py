@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning a prompt. Kept rows move to the right of a shorter batch, in their original order, one gather per tensor."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, VTPruneWarning
+from ..models.base import Family
+from . import positions as pos
+from .report import Trace
+
+if TYPE_CHECKING:
+    from .call import Call
+
+
+@dataclass(frozen=True)
+class Pack:
+    """How a batch ``[B, L]`` becomes a packed batch ``[B, P]``.
+
+    Parameters
+    ----------
+    index : Tensor
+        ``[B, P]`` int64, the old slot of each packed slot. Padding slots, at the left, name a dropped slot.
+    valid : Tensor
+        ``[B, P]`` bool, False at padding.
+    slot_of : Tensor
+        ``[B, L]`` int64, packed slot of the last kept row at or before each old slot; -1 where there is none.
+    full
+        True if no packed slot is padding (a host value).
+    """
+
+    index: Tensor
+    valid: Tensor
+    slot_of: Tensor
+    full: bool
+
+
+def pack(keep: Tensor, counts: list[int]) -> Pack:
+    """Plan the packing of the rows where `keep` (``[B, L]`` bool) is True.
+
+    Parameters
+    ----------
+    counts
+        ``keep.sum(1)`` as host numbers, so that no sync is needed here.
+    """
+    width = max(counts)
+    # A stable sort brings dropped slots to the left and kept ones, in order, to the right.
+    order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)
+    index = order[:, keep.shape[1] - width :]
+    kept_so_far = keep.cumsum(1)
+    slot_of = kept_so_far - 1 + (width - kept_so_far[:, -1:])
+    slot_of = slot_of.masked_fill(kept_so_far == 0, -1)
+    return Pack(index, keep.gather(1, index), slot_of, all(c == width for c in counts))
+
+
+def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Take ``index [B, P]`` along `dim` of `x`, whose dim before that is the batch (of size B or 1)."""
+    index = index.to(x.device)
+    if x.shape[dim - 1] == 1 and index.shape[0] > 1:
+        x = x.expand(*(index.shape[0] if i == dim - 1 else -1 for i in range(x.ndim)))
+    shape = [1] * x.ndim
+    shape[dim - 1], shape[dim] = index.shape
+    size = list(x.shape)
+    size[dim] = index.shape[1]
+    return x.gather(dim, index.view(shape).expand(size))
+
+
+def unpack(hidden: Tensor, slot_of: Tensor) -> Tensor:
+    """Bring packed rows ``[B, P, D]`` back to the length of the input, ``[B, L, D]``.
+
+    A kept slot gets its own row. A dropped slot, and padding at the right, gets the row of the last kept token before
+    it: the row that precedes the next kept token in the packed prompt, and so the one whose logits predict it. That
+    makes shifted labels right without touching them, and ``logits[:, -1]`` right for right-padded batches too. Slots
+    before the first kept token are zero.
+    """
+    slot_of = slot_of.to(hidden.device)
+    rows = gather(hidden, slot_of.clamp_min(0), 1)
+    return rows.masked_fill((slot_of < 0)[..., None], 0)
+
+
+def prune_prompt(
+    family: Family,
+    call: Call,
+    kw: dict[str, Any],
+    before: pos.CacheState | None,
+    valid: Tensor,
+    rows: np.ndarray,
+    position: Tensor,
+) -> None:
+    """Choose among the visual tokens of a prompt and hand the text model the packed rest, through `kw`.
+
+    Parameters
+    ----------
+    kw
+        Arguments of the text model; changed in place.
+    before
+        State of the cache that the prompt extends, if it was pruned already.
+    valid
+        ``[B, L]`` bool, False at padding.
+    rows
+        ``valid.sum(1)`` on the host.
+    position
+        ``[T]`` int64 ``sample * L + slot`` of each visual token.
+    """
+    job, tokens, embeds = call.job, call.tokens, kw["inputs_embeds"]
+    assert tokens is not None
+    batch, length, width = embeds.shape
+    positions = prompt_positions(family, call, kw.get("position_ids"), before, valid)
+    next_original = pos.last_position(positions, valid) + 1
+    if before is not None:  # a row that is all padding stays where it was
+        next_original = torch.maximum(next_original, before.next_original)
+
+    keep, counts = valid.clone(), rows
+    stage = None if job is None else job.projector_stage
+    if job is not None and stage is not None:
+        from .call import per_sample
+        from .probes import survivors
+
+        selection, kept = job.select(tokens, stage, batch)
+        call.trace.append(Trace(stage, selection.index, selection.order, selection.info))
+        counts = counts - per_sample(tokens, batch) + kept
+        keep.view(-1)[position] = False
+        position = position[selection.index]
+        keep.view(-1)[position] = True
+        if selection.features is not None:
+            merged = selection.features.to(embeds.dtype)
+            embeds = embeds.reshape(-1, width).index_copy(0, position, merged).view(batch, length, width)
+        if job.layer_stages:
+            tokens = survivors(tokens, selection.index, selection.cu_seqlens)
+    plan = pack(keep, counts.tolist())
+    packed_positions, next_position = gather(positions, plan.index, positions.ndim - 1), next_original
+    if job is not None and job.config.positions == "compact":
+        start = before.next_position if before is not None else past_rows(kw, call.past, valid)
+        renumbered, next_position = pos.advance(start, plan.valid)
+        packed_positions = renumbered.expand_as(packed_positions)
+
+    call.packs.append(plan)
+    call.counts.append(counts.tolist())
+    call.tokens = tokens
+    call.slots = (position // length) * plan.index.shape[1] + plan.slot_of.reshape(-1)[position]
+    masks, full = (before.masks, before.full) if before is not None else past_masks(kw, call.past, valid)
+    first_layers = {*masks, *(job.layer_stages if job is not None else ())}
+    below = {first: max(k for k in masks if k <= first) for first in sorted(first_layers)}
+    call.state = pos.CacheState(
+        masks={first: torch.cat([masks[k], plan.valid], 1) for first, k in below.items()},
+        full={first: full[k] and plan.full for first, k in below.items()},
+        length=call.past + plan.index.shape[1],
+        prompt_length=(before.prompt_length if before is not None else call.past) + length,
+        next_original=next_original,
+        next_position=next_position,
+        mrope=family.mrope,
+    )
+    call.set_sequence(kw, gather(embeds, plan.index, 1), packed_positions)
+
+
+def prompt_positions(
+    family: Family, call: Call, given: Tensor | None, before: pos.CacheState | None, valid: Tensor
+) -> Tensor:
+    """Positions of the unpruned prompt: ``[B, L]``, or ``[3, B, L]`` for M-RoPE."""
+    batch, length = valid.shape
+    if family.mrope and call.ids is not None:
+        untyped = family.needs_token_types and "mm_token_type_ids" not in call.given
+        if untyped:
+            warnings.warn(
+                "the inputs have no mm_token_type_ids, without which this transformers version would give pictures "
+                "1-D positions; vtprune made them from input_ids. Pass what the model's processor returns",
+                VTPruneWarning,
+                stacklevel=2,
+            )
+        if before is not None or untyped:
+            types = torch.zeros_like(call.ids)
+            for modality, mask in call.masks.items():
+                types = types.masked_fill(mask, {"image": 1, "video": 2}[modality])
+            inputs = {k: v for e in call.encodings.values() for k, v in e.inputs.items()} | call.given
+            start = 0 if before is None else before.next_original[None, :, None]
+            return family.rope_index(call.ids, types.int(), valid, inputs).to(valid.device) + start
+    if before is not None:
+        if family.mrope:
+            raise InputError(
+                "a new picture on a pruned cache needs input_ids (its M-RoPE positions follow from them); pass "
+                "input_ids instead of inputs_embeds, or start with a new cache"
+            )
+        positions = pos.advance(before.next_original, valid)[0]
+        pos.check_continuation(given, positions, valid)
+        return positions
+    if given is None:
+        given = pos.contiguous(1, length, call.past, valid.device)
+        given = given.expand(3, -1, -1) if family.mrope else given
+    given = pos.without_text_row(given).to(valid.device)
+    return given.expand(*given.shape[:-2], batch, -1)
+
+
+def past_masks(kw: dict[str, Any], past: int, valid: Tensor) -> tuple[dict[int, Tensor], dict[int, bool]]:
+    """Masks of what an unpruned cache holds, by first layer of a group, and whether they are full."""
+    mask = kw.get("attention_mask")
+    if mask is None or not past:
+        return {0: valid.new_ones(valid.shape[0], past)}, {0: True}
+    before = mask[:, :past].to(valid.device).bool()
+    return {0: before}, {0: bool(before.all())}
+
+
+def past_rows(kw: dict[str, Any], past: int, valid: Tensor) -> Tensor:
+    """Tokens that an unpruned cache holds, ``[B]`` int64."""
+    return past_masks(kw, past, valid)[0][0].sum(1)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder's side: what a pruner asked for is captured while it runs, and turned into `VisualTokens`.
+
+No attention map is ever asked of the model: a CLS row is recomputed from one query row, in the encoder's own modules.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.base import Encoding, Family
+from ..tokens import PRE_PROJECTOR, Probe, VisualTokens
+from .call import Call
+from .layout import BatchLayout, build
+
+_ENCODING = "_vtprune_encoding"
+
+
+class _Local(threading.local):
+    captured: dict[Probe, Tensor] | None = None
+    encodings: dict[str, Encoding] | None = None
+
+
+class EncoderTap:
+    """Wraps ``get_*_features`` of one model instance, so that each call leaves an `Encoding` behind.
+
+    Parameters
+    ----------
+    family
+        The family, bound to the model.
+    wanted
+        Says which probes the current call needs.
+    """
+
+    def __init__(self, family: Family, wanted: Callable[[], Collection[Probe]]) -> None:
+        self.family = family
+        self.wanted = wanted
+        self.local = _Local()
+        self.wrapped: list[str] = []
+        self.hooks: dict[Probe, list[Any]] = {}
+
+    def attach(self) -> None:
+        for name in self.family.feature_methods:
+            setattr(self.family.inner, name, self._wrap(name))
+            self.wrapped.append(name)
+
+    def detach(self) -> None:
+        for hook in (h for hooks in self.hooks.values() for h in hooks):
+            hook.remove()
+        for name in self.wrapped:
+            self.family.inner.__dict__.pop(name, None)
+        self.wrapped, self.hooks = [], {}
+
+    def hook(self, probes: Collection[Probe]) -> None:
+        """Make sure that these probes can be captured."""
+        for probe in probes:
+            if probe not in self.hooks:
+                self.hooks[probe] = self.family.probe_hooks(probe, self._put) or []
+
+    def collect_into(self, encodings: dict[str, Encoding] | None) -> None:
+        """Where this thread's next encodings go, by modality; None: nowhere."""
+        self.local.encodings = encodings
+
+    def _put(self, probe: Probe, value: Tensor) -> None:
+        if self.local.captured is not None:
+            self.local.captured[probe] = value
+
+    def _wrap(self, name: str) -> Callable[..., Any]:
+        original = getattr(self.family.inner, name)
+        modality = name.split("_")[1]
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            self.local.captured = {}
+            try:
+                out = original(*args, **kwargs)
+                captured = self.local.captured
+            finally:
+                self.local.captured = None
+            inputs = {**signature.bind(*args, **kwargs).arguments, **kwargs}
+            wanted = self.wanted()
+            encoding = Encoding(
+                self.family.layouts(modality, inputs),
+                {p: self.family.order_raw(p, v, modality, inputs) for p, v in captured.items() if p in wanted},
+                inputs={k: inputs[k] for k in self.family.layout_inputs(modality)},
+            )
+            if isinstance(getattr(out, "pooler_output", None), list | tuple):
+                encoding.features = list(out.pooler_output)
+            if hasattr(out, "__dict__"):
+                object.__setattr__(out, _ENCODING, encoding)  # generate() hands this very object to the forward
+            if self.local.encodings is not None:
+                self.local.encodings[modality] = encoding
+            return out
+
+        return features
+
+
+def encoding_of(modality: str, out: Any) -> Encoding:
+    """The encoding that was noted when generate(), or the caller, encoded pictures before the forward."""
+    encoding: Encoding | None = getattr(out, _ENCODING, None)
+    if encoding is None:
+        raise InputError(
+            f"mm_encoder_outputs[{modality!r}] was made before vtprune was applied; encode the pictures again, or pass "
+            "pixel_values"
+        )
+    return encoding
+
+
+def placeholder_masks(family: Family, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
+    """Per modality ``[B, L]`` bool, True at placeholders; told by their embedding where there are no ids."""
+    if ids is not None:
+        return {m: ids == token for m, token in family.placeholders.items()}
+    assert embeds is not None
+    table = family.inner.get_input_embeddings()
+    ids_on = functools.partial(torch.tensor, device=embeds.device)
+    return {m: (embeds == table(ids_on(token))).all(-1) for m, token in family.placeholders.items()}
+
+
+def match(call: Call, masks: dict[str, np.ndarray]) -> BatchLayout:
+    """Match encodings to placeholders; entries that generate() repeated for beams are told by their identity."""
+    layouts: dict[str, list[Any]] = {m: [] for m in masks}
+    starts: dict[str, list[int]] = {m: [] for m in masks}
+    for modality, encoding in call.encodings.items():
+        first = np.concatenate([[0], np.cumsum([item.raw_length for item in encoding.layouts])]).astype(int)
+        order = list(range(len(encoding.layouts)))
+        now = call.given.get(f"{modality}_features")
+        if encoding.features and isinstance(now, list | tuple) and len(now) != len(encoding.features):
+            index = {id(rows): i for i, rows in enumerate(encoding.features)}
+            order = [index[id(rows)] for rows in now]
+        layouts[modality] = [encoding.layouts[i] for i in order]
+        starts[modality] = [int(first[i]) for i in order]
+    return build(masks, layouts, starts)
+
+
+def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, position: Tensor) -> VisualTokens:
+    """What a pruner sees of the prompt ``embeds [B, L, D]``; `position` is ``layout.position`` on the device."""
+    device = embeds.device
+    probes: dict[Probe, Tensor] = {}
+    for modality, (raw, rows) in layout.raw.items():
+        for probe, value in call.encodings[modality].probes.items():
+            part = value[torch.from_numpy(raw).to(value.device)]
+            whole = probes.setdefault(probe, part.new_zeros(len(layout.position), *part.shape[1:]))
+            whole[torch.from_numpy(rows).to(value.device)] = part
+    for probe, value in probes.items():
+        if probe.name == PRE_PROJECTOR.name:
+            probes[probe] = value.reshape(-1, value.shape[-1])
+    tokens = VisualTokens(
+        features=embeds.reshape(-1, embeds.shape[-1])[position].detach(),
+        seqlens=layout.seqlens,
+        source=torch.from_numpy(layout.source).to(device),
+        coords=torch.from_numpy(layout.coords).to(device),
+        seg_image=layout.seg_image,
+        image_sample=layout.image_sample,
+        seg_kind=layout.seg_kind,
+        seg_grid=layout.seg_grid,
+        seg_box=layout.seg_box,
+        image_grid=layout.image_grid,
+        image_size=layout.image_size,
+        probes=probes,
+        projector=family.projector,
+    )
+    tokens.ctx["image_lens"] = tokens.image_lens
+    return tokens
+
+
+def with_question(
+    family: Family,
+    tokens: VisualTokens,
+    call: Call,
+    layout: BatchLayout,
+    embeds: Tensor,
+    valid: np.ndarray,
+    masks: dict[str, np.ndarray],
+) -> VisualTokens:
+    """Add the question: every valid, non-visual, non-special token after the last picture of its sample."""
+    text = valid & ~np.logical_or.reduce(list(masks.values()))
+    text &= np.arange(valid.shape[1])[None] > layout.last[:, None]
+    if call.ids is not None:
+        text &= ~np.isin(call.ids.cpu().numpy(), list(family.special_ids))
+    rows = torch.from_numpy(np.flatnonzero(text)).to(embeds.device)
+    lens = tuple(int(n) for n in text.sum(1))
+    return replace(tokens, text=embeds.reshape(-1, embeds.shape[-1])[rows].detach(), text_lens=lens)
+
+
+def survivors(tokens: VisualTokens, index: Tensor, cu_seqlens: Tensor) -> VisualTokens:
+    """The kept tokens as `VisualTokens` of their own, for the next stage. Syncs once, for the segment lengths."""
+    rows = len(tokens.source)
+    return replace(
+        tokens,
+        features=tokens.features[index],
+        seqlens=tuple(torch.diff(cu_seqlens).tolist()),
+        source=tokens.source[index],
+        coords=tokens.coords[index],
+        probes={
+            p: v.view(rows, -1, *v.shape[1:])[index].flatten(0, 1) if len(v) != rows else v[index]
+            for p, v in tokens.probes.items()
+        },
+    )

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pruned forward did: tokens per image, stages that fired, FLOPs of the language model's prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..config import PruneConfig
+from ..tokens import Stage
+from .layout import BatchLayout
+
+
+class Trace(NamedTuple):
+    """One stage that fired: flat rows (of the unpruned tokens) kept, in prompt order and in the order of choice."""
+
+    stage: Stage
+    kept: Tensor
+    order: Tensor | None
+    info: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    """One image, AnyRes view or video frame.
+
+    Parameters
+    ----------
+    kind, grid, box
+        As ``seg_kind``, ``seg_grid`` and ``seg_box`` in `VisualTokens`.
+    coords : np.ndarray
+        ``[n, 3]`` time, row, column of each token.
+    kept : np.ndarray
+        ``[n]`` bool.
+    order : np.ndarray or None
+        ``[n]`` rank of choice among the kept tokens of the batch, -1 where dropped; None if the method has no order.
+    """
+
+    kind: str
+    grid: tuple[int, int]
+    box: tuple[float, float, float, float]
+    coords: np.ndarray
+    kept: np.ndarray
+    order: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """One image or video: `sample` it belongs to, visual tokens in and out, its segments."""
+
+    sample: int
+    tokens_in: int
+    tokens_out: int
+    segments: tuple[SegmentReport, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last forward with pictures did.
+
+    Parameters
+    ----------
+    method, keep
+        What was asked for.
+    samples
+        Batch size.
+    images
+        One `ImageReport` per image, in prompt order.
+    tokens_in, tokens_out, ratio
+        Visual tokens that came out of the projector, those that were left after the last stage, and their quotient.
+    stages
+        Names of the stages that fired, for example ``("projector",)``; empty where every token was kept.
+    flops_before, flops_after
+        FLOPs of the language model's prefill (head excluded) over all samples, by the formula of `prefill_flops`.
+    info
+        What the pruner said, for example ``{"importance": "cls"}``.
+    notes
+        Deviations from what was asked, in words.
+    """
+
+    method: str
+    keep: float | int
+    samples: int
+    images: tuple[ImageReport, ...]
+    tokens_in: int
+    tokens_out: int
+    ratio: float
+    stages: tuple[str, ...]
+    flops_before: int
+    flops_after: int
+    info: dict[str, str]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        source = "".join(f", {k} {v}" for k, v in self.info.items())
+        lines = [
+            f"{self.method} keep={self.keep}{source}: {self.tokens_out} of {self.tokens_in} visual tokens "
+            f"({self.ratio:.1%}) after {' + '.join(self.stages) or 'no stage'}",
+            f"language model prefill: {self.flops_before / 1e9:.2f} -> {self.flops_after / 1e9:.2f} GFLOP",
+        ]
+        lines += [f"image {i} (sample {m.sample}): {m.tokens_out} of {m.tokens_in}" for i, m in enumerate(self.images)]
+        return "\n".join([*lines, *self.notes])
+
+
+def prefill_flops(rows: int, config: Any) -> int:
+    """FLOPs of one decoder layer over `rows` rows: ``2n[d dh (2H + 2Hkv) + 3 d m] + 4 n n H dh``.
+
+    The first term is the projections (q, k, v, o and a gated FFN), the second the attention products, not halved for
+    causality. Embedding, norms and the head are left out.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    projections = hidden * head * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
+    return 2 * rows * projections + 4 * rows * rows * heads * head
+
+
+def make_report(
+    config: PruneConfig,
+    layout: BatchLayout,
+    rows: Sequence[int],
+    trace: Sequence[Trace],
+    counts: Sequence[Sequence[int]],
+    text_config: Any,
+) -> Report:
+    """Build the report from what the engine remembered. Syncs with the device.
+
+    Parameters
+    ----------
+    rows
+        Valid rows of each sample before pruning.
+    trace
+        One entry per stage that fired.
+    counts
+        Rows of each sample after packing and after each layer stage; empty where nothing was packed.
+    """
+    total = len(layout.position)
+    kept = np.ones(total, dtype=bool)
+    order = None
+    if trace:
+        kept[:] = False
+        kept[trace[-1].kept.cpu().numpy()] = True
+        if trace[-1].order is not None:
+            chosen = trace[-1].order.cpu().numpy()
+            order = np.full(total, -1)
+            order[chosen] = np.arange(len(chosen))
+    images, first, segment = [], 0, 0
+    for image, sample in enumerate(layout.image_sample):
+        segments, before, after = [], 0, 0
+        while segment < len(layout.seqlens) and layout.seg_image[segment] == image:
+            part = slice(first, first + layout.seqlens[segment])
+            segments.append(
+                SegmentReport(
+                    layout.seg_kind[segment],
+                    layout.seg_grid[segment],
+                    layout.seg_box[segment],
+                    layout.coords[part],
+                    kept[part],
+                    None if order is None else order[part],
+                )
+            )
+            before, after = before + layout.seqlens[segment], after + int(kept[part].sum())
+            first, segment = part.stop, segment + 1
+        images.append(ImageReport(sample, before, after, tuple(segments)))
+
+    num_layers = text_config.num_hidden_layers
+    borders = [0, *(t.stage.layer + 1 for t in trace if t.stage.layer is not None), num_layers]
+    steps = counts or [rows]
+    flops_after = sum(
+        (end - start) * prefill_flops(n, text_config)
+        for start, end, step in zip(borders[:-1], borders[1:], steps, strict=True)
+        for n in step
+    )
+    notes = [
+        f"keep={config.keep} is more than the {m.tokens_in} tokens of image {i}: all kept"
+        for i, m in enumerate(images)
+        if isinstance(config.keep, int) and config.keep > m.tokens_in
+    ]
+    return Report(
+        method=config.method,
+        keep=config.keep,
+        samples=len(rows),
+        images=tuple(images),
+        tokens_in=total,
+        tokens_out=int(kept.sum()),
+        ratio=float(kept.sum()) / total if total else 1.0,
+        stages=tuple(t.stage.name for t in trace),
+        flops_before=num_layers * sum(prefill_flops(int(n), text_config) for n in rows),
+        flops_after=flops_after,
+        info={k: v for t in trace for k, v in t.info.items()},
+        notes=tuple(notes),
+    )

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops in plain PyTorch: what a kernel must reproduce, and what runs where there is no kernel.
+
+All ops take *flat ragged rows*: the rows of all pools lie one after the other in one tensor, `lens` says how many
+belong to each pool and `counts` how many each pool may keep. Both are host numbers, so nothing here waits for the
+device. An op returns ``order``: ``[sum(counts)]`` int64 flat rows, pool after pool, each pool in the order of choice.
+
+Everything is computed in fp32, whatever autocast says. Ties go to the lowest index; rows with NaN or infinite values
+come last. Matrix products follow ``torch.set_float32_matmul_precision``: with TF32, picks may differ from the CPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+#: Pools with more rows get no N x N matrix of cosines; each pick computes the one column that it needs.
+GRAM_ROWS = 4096
+#: In such pools, how many rows meet all others at a time when nearest neighbours are searched.
+BLOCK_ROWS = 1024
+
+# Below every cosine: the running maximum before the first pick.
+_NO_COSINE = -2.0
+_LOWEST = torch.finfo(torch.float32).min
+_HIGHEST = torch.finfo(torch.float32).max
+
+
+class _Pools(NamedTuple):
+    """The pools that keep something: first row, rows, picks of each, on the host and on the device."""
+
+    starts: list[int]
+    lens: list[int]
+    counts: list[int]
+    first: Tensor
+    size: Tensor
+    inside: Tensor  # [P, Nmax]: lanes of the padded layout that hold a row
+
+
+def _pools(rows: Tensor, lens: Sequence[int], counts: Sequence[int]) -> _Pools:
+    if len(lens) != len(counts) or sum(lens) != rows.shape[0]:
+        raise ValueError(f"{len(lens)} pools of {sum(lens)} rows, but {len(counts)} counts and {rows.shape[0]} rows")
+    ends = accumulate(lens)
+    kept = []
+    for end, n, k in zip(ends, lens, counts, strict=True):
+        if not 0 <= k <= n:
+            raise ValueError(f"cannot keep {k} of the {n} rows of a pool; counts lie between 0 and the length")
+        if k:
+            kept.append((end - n, n, k))
+    starts, sizes, picks = ([row[i] for row in kept] for i in range(3))
+    first, size = _ints(starts, rows.device), _ints(sizes, rows.device)
+    inside = torch.arange(max(sizes, default=0), device=rows.device) < size[:, None]
+    return _Pools(starts, sizes, picks, first, size, inside)
+
+
+def _ints(values: Sequence[int], device: torch.device) -> Tensor:
+    # torch.tensor(..., device=device) would wait for the device.
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _padded(values: Tensor, pools: _Pools, fill: float) -> Tensor:
+    """Flat values as ``[P, Nmax]`` fp32."""
+    lane = torch.arange(pools.inside.shape[1], device=values.device)
+    rows = (pools.first[:, None] + lane).clamp_(max=values.shape[0] - 1)
+    return values.detach().float()[rows].masked_fill_(~pools.inside, fill)
+
+
+def _flat_rows(local: Tensor, pools: _Pools) -> Tensor:
+    """Flat rows of the picks ``local[p, :counts[p]]``."""
+    total = sum(pools.counts)
+    counts = _ints(pools.counts, local.device)
+    pool = torch.repeat_interleave(counts, output_size=total)
+    step = torch.arange(total, device=local.device) - (counts.cumsum(0) - counts)[pool]
+    return local[pool, step] + pools.first[pool]
+
+
+@torch.no_grad()
+def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The rows with the largest scores of each pool.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[T]``; NaN counts as -inf.
+    lens, counts
+        Rows and picks per pool, ``0 <= counts[p] <= lens[p]``.
+
+    Returns
+    -------
+    Tensor
+        ``[sum(counts)]`` int64 flat rows, pool after pool, by descending score.
+    """
+    pools = _pools(scores, lens, counts)
+    if not pools.counts:
+        return scores.new_empty(0, dtype=torch.int64)
+    # Padding lies behind the rows, so the stable sort keeps it behind rows of -inf too. Adding 0.0 makes -0.0 a 0.0,
+    # which not every sort takes for equal.
+    padded = _padded(scores, pools, -torch.inf).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
+    local = padded.sort(dim=1, descending=True, stable=True).indices
+    return _flat_rows(local, pools)
+
+
+@torch.no_grad()
+def minmax(values: Tensor, lens: Sequence[int]) -> Tensor:
+    """Map the finite values of each pool to [0, 1]: ``(v - min) / (max - min + 1e-6)``, ``[T]`` fp32."""
+    pools = _pools(values, lens, lens)
+    if not pools.counts:
+        return values.new_empty(0, dtype=torch.float32)
+    padded = _padded(values, pools, torch.nan)
+    finite = padded.isfinite()
+    low = padded.where(finite, torch.inf).amin(1)
+    high = padded.where(finite, -torch.inf).amax(1)
+    pool = torch.repeat_interleave(pools.size, output_size=values.shape[0])
+    return (values.detach().float() - low[pool]) / (high - low + 1e-6)[pool]
+
+
+class _Cosines:
+    """Cosines between the rows of each pool: from N x N matrices, or as they are needed in large pools."""
+
+    def __init__(self, features: Tensor, pools: _Pools) -> None:
+        # A matrix product rounds differently for another shape or alignment. So each pool is copied to memory of its
+        # own and multiplied by itself, never in one bmm: it then picks the same rows alone as in a batch.
+        self.unit: list[Tensor] = []
+        sound = []
+        for start, n in zip(pools.starts, pools.lens, strict=True):
+            rows = features[start : start + n].detach().to(torch.float32, copy=True)
+            length = torch.linalg.vector_norm(rows, dim=1)
+            sound.append(length.isfinite())
+            rows /= length.clamp(min=1e-8)[:, None]
+            self.unit.append(rows.masked_fill_(~sound[-1][:, None], 0.0))
+        #: ``[P, Nmax]``: rows without NaN or infinity; padding is not sound either.
+        self.sound = pad_sequence(sound, batch_first=True)
+
+        self.lazy = [p for p, n in enumerate(pools.lens) if n > GRAM_ROWS]
+        size = [0 if n > GRAM_ROWS else n for n in pools.lens]
+        ends = list(accumulate(n * n for n in size))
+        # At least one element, because lanes beyond a matrix read whatever lies there (finite, and never used).
+        self.flat = torch.zeros(max(1, ends[-1]), device=features.device)
+        self.grams: list[Tensor | None] = [None] * len(size)
+        for p, (end, n) in enumerate(zip(ends, size, strict=True)):
+            if n:
+                self.grams[p] = self.flat[end - n * n : end].view(n, n)
+                self.grams[p].copy_(self.unit[p] @ self.unit[p].T)  # type: ignore[union-attr]
+        self.offset = _ints([end - n * n for end, n in zip(ends, size, strict=True)], features.device)[:, None]
+        self.size = _ints(size, features.device)[:, None]
+        self.lane = torch.arange(pools.inside.shape[1], device=features.device)
+
+    def to(self, picks: Tensor) -> Tensor:
+        """Cosines of all rows to the picked rows (``[P, k]``, counted within the pool): ``[P, k, Nmax]``."""
+        at = (self.offset + picks * self.size)[..., None] + self.lane
+        cosines = self.flat[at.clamp_(max=self.flat.shape[0] - 1)]
+        for p in self.lazy:
+            unit = self.unit[p]
+            cosines[p, :, : unit.shape[0]] = unit[picks[p]] @ unit.T
+        return cosines
+
+    def nearest(self) -> Tensor:
+        """Each row's largest cosine to another sound row of its pool, ``[P, Nmax]``; -2 where there is none."""
+        out = []
+        for unit, gram, sound in zip(self.unit, self.grams, self.sound, strict=True):
+            n = unit.shape[0]
+            broken = ~sound[:n]
+            nearest = unit.new_full((n,), _NO_COSINE)
+            step = BLOCK_ROWS if gram is None else n
+            for low in range(0, n, step):
+                rows = slice(low, low + step)
+                block = unit[rows] @ unit.T if gram is None else gram
+                # In place, also in the Gram matrix: picks never ask for a row's cosine to itself or to a broken row.
+                block.masked_fill_(broken | broken[rows, None], _NO_COSINE)
+                block.diagonal(low).fill_(_NO_COSINE)
+                # Down and across: the two halves may round differently, and two rows that are each other's nearest
+                # neighbours must tie.
+                nearest[rows] = torch.maximum(nearest[rows], block.amax(1))
+                nearest = torch.maximum(nearest, block.amax(0))
+            out.append(nearest)
+        return pad_sequence(out, batch_first=True)
+
+
+def _greedy(
+    pools: _Pools, cosines: _Cosines, first: Tensor, base: Tensor, penalty: float, last: Tensor, parallel_k: int
+) -> Tensor:
+    """Pick the largest `first`, then again and again the largest ``base - penalty * (largest cosine to a pick)``.
+
+    `first`, `base` (finite) and `last` (rows that any other row beats) are ``[P, Nmax]``. All pools step together.
+    """
+    # One minimum per round says what a row can score at most: anything, the least of all (last), or nothing (picked).
+    limit = torch.full_like(base, torch.inf).masked_fill_(last, _LOWEST).masked_fill_(~pools.inside, -torch.inf)
+    closest = torch.full_like(base, _NO_COSINE)
+    score = torch.minimum(first, limit)
+    picks = limit.new_empty(limit.shape[0], max(pools.counts), dtype=torch.int64)
+    for step in range(picks.shape[1]):
+        if step and step % parallel_k == 0:
+            closest = torch.maximum(closest, cosines.to(picks[:, step - parallel_k : step]).amax(1))
+            # Two ops, each rounded once: a fused multiply-add would round by the row's place in a vector register.
+            score = torch.minimum(base - closest * penalty, limit)
+        pick = score.argmax(1, keepdim=True)  # the first of equal ones
+        picks[:, step : step + 1] = pick
+        score.scatter_(1, pick, -torch.inf)
+        limit.scatter_(1, pick, -torch.inf)
+    return _flat_rows(picks, pools)
+
+
+@torch.no_grad()
+def mmr(
+    features: Tensor,
+    importance: Tensor,
+    lens: Sequence[int],
+    counts: Sequence[int],
+    lam: float,
+    parallel_k: int = 1,
+) -> Tensor:
+    """Maximal marginal relevance: important rows that are unlike those already picked.
+
+    The first pick of a pool is its most important row; each further pick is the row with the largest
+    ``lam * importance - (1 - lam) * (largest cosine to a pick)``.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[T, D]``.
+    importance : Tensor
+        ``[T]``, larger is better, on the scale of a cosine (see `minmax`). NaN and -inf come last.
+    lens, counts
+        Rows and picks per pool, ``0 <= counts[p] <= lens[p]``.
+    lam
+        1: importance alone. 0: farthest point, seeded at the most important row.
+    parallel_k
+        Picks per round; picks of one round do not see each other. The first round takes the most important rows.
+
+    Returns
+    -------
+    Tensor
+        ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice.
+    """
+    if importance.shape != features.shape[:1]:
+        raise ValueError(f"importance of shape {tuple(importance.shape)} for {features.shape[0]} rows")
+    pools = _pools(features, lens, counts)
+    if not pools.counts:
+        return features.new_empty(0, dtype=torch.int64)
+    with torch.autocast(features.device.type, enabled=False):
+        cosines = _Cosines(features, pools)
+        padded = _padded(importance, pools, 0.0).nan_to_num_(nan=_LOWEST, posinf=_HIGHEST, neginf=_LOWEST)
+        last = ~cosines.sound | (padded == _LOWEST)
+        return _greedy(pools, cosines, padded, padded * lam, 1.0 - lam, last, parallel_k)
+
+
+@torch.no_grad()
+def max_min(features: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Farthest points by cosine distance: each pick is as far as can be from the nearest row already picked.
+
+    The first pick of a pool is the row whose nearest neighbour is farthest away.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[T, D]``.
+    lens, counts
+        Rows and picks per pool, ``0 <= counts[p] <= lens[p]``.
+
+    Returns
+    -------
+    Tensor
+        ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice.
+    """
+    pools = _pools(features, lens, counts)
+    if not pools.counts:
+        return features.new_empty(0, dtype=torch.int64)
+    with torch.autocast(features.device.type, enabled=False):
+        cosines = _Cosines(features, pools)
+        nearest = cosines.nearest()
+        return _greedy(pools, cosines, -nearest, torch.zeros_like(nearest), 1.0, ~cosines.sound, 1)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine must know of a model family: one subclass of `Family` per family, in a file of its own."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..tokens import Probe
+
+#: Arguments of the inner model that carry pixels.
+PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How the placeholders of one image (or video) map to visual tokens; host arrays.
+
+    Parameters
+    ----------
+    length
+        Number of placeholders, separators included.
+    rank : np.ndarray
+        ``[n]`` int64, placeholder of each visual token, counted within the image; tokens in segment and raster order.
+    raw : np.ndarray
+        ``[n]`` int64, row of each visual token in the encoder's output for this image (views one after the other).
+    raw_length
+        Rows that the encoder puts out for this image.
+    coords : np.ndarray
+        ``[n, 3]`` float32 time, row, column inside the segment.
+    seg_lens, seg_kind, seg_grid, seg_box
+        Per segment, as in `VisualTokens`.
+    grid, size
+        As ``image_grid`` and ``image_size`` in `VisualTokens`.
+    """
+
+    length: int
+    rank: np.ndarray
+    raw: np.ndarray
+    raw_length: int
+    coords: np.ndarray
+    seg_lens: tuple[int, ...]
+    seg_kind: tuple[str, ...]
+    seg_grid: tuple[tuple[int, int], ...]
+    seg_box: tuple[tuple[float, float, float, float], ...]
+    grid: tuple[int, int, int]
+    size: tuple[int, int] | None = None
+
+
+def raster(frames: int, rows: int, cols: int) -> np.ndarray:
+    """Coordinates ``[frames * rows * cols, 3]`` float32 of a grid in raster order."""
+    return np.stack(np.meshgrid(range(frames), range(rows), range(cols), indexing="ij"), -1).reshape(-1, 3).astype("f4")
+
+
+@dataclass
+class Encoding:
+    """What one call of ``get_image_features`` or ``get_video_features`` taught us.
+
+    Parameters
+    ----------
+    layouts
+        One per image or video.
+    probes
+        Captured tensors over the encoder's output rows of all its images, ``[sum(raw_length), ...]``.
+    features
+        The projected rows per image as the model returned them, where it returns a list: generate() repeats these
+        very objects for beams, and their identity says which image a repeated entry is.
+    inputs
+        Grids and sizes that generate() takes away before the forward.
+    """
+
+    layouts: list[ImageLayout]
+    probes: dict[Probe, Tensor] = field(default_factory=dict)
+    features: list[Tensor] = field(default_factory=list)
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+class Family(ABC):
+    """One family of models. Instances are bound to one model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The stock transformers model (``...ForConditionalGeneration`` or its inner ``...Model``).
+    """
+
+    #: ``config.model_type`` values that this class serves.
+    model_types: ClassVar[tuple[str, ...]] = ()
+    #: Name for messages and documentation.
+    label: ClassVar[str] = ""
+    #: True where positions are (time, height, width) triples.
+    mrope: ClassVar[bool] = False
+    #: Encoder rows per visual token.
+    raw_per_token: ClassVar[int] = 1
+
+    # Modules are typed Any: torch types every attribute of a module as Tensor | Module.
+    model: Any
+    inner: Any
+    lm: Any
+    config: Any
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.inner = model.model if hasattr(model, "lm_head") else model
+        self.lm = self.inner.language_model
+        self.config = model.config
+
+    # -- the prompt ---------------------------------------------------------------------------------------------------
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """Token id of each modality's placeholder."""
+        ids = {}
+        for modality in ("image", "video"):
+            for name in (f"{modality}_token_id", f"{modality}_token_index"):
+                value = getattr(self.config, name, None)
+                if isinstance(value, int) and f"get_{modality}_features" in self.feature_methods:
+                    ids[modality] = value
+                    break
+        return ids
+
+    @property
+    def feature_methods(self) -> tuple[str, ...]:
+        """Methods of the inner model that turn pixels into projected rows."""
+        return tuple(m for m in ("get_image_features", "get_video_features") if hasattr(type(self.inner), m))
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids that are neither question nor picture: padding, begin, end, vision_start and the like."""
+        names = ("pad", "bos", "eos", "vision_start", "vision_end", "vision", "image", "video")
+        ids: set[int] = set()
+        for config in (self.config, self.config.text_config):
+            for name in names:
+                value = getattr(config, f"{name}_token_id", None)
+                ids.update(v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int))
+        return ids
+
+    # -- the encoder --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def layouts(self, modality: str, inputs: dict[str, Any]) -> list[ImageLayout]:
+        """Layout of each image or video in a call of ``get_<modality>_features(**inputs)``."""
+
+    @abstractmethod
+    def layout_inputs(self, modality: str) -> tuple[str, ...]:
+        """Names of the arguments (grids, sizes) that `layouts` reads beside the pixels."""
+
+    @property
+    @abstractmethod
+    def projector(self) -> Any:
+        """The module that maps encoder rows to rows of the language model."""
+
+    def probe_hooks(self, probe: Probe, put: Callable[[Probe, Tensor], None]) -> list[Any] | None:
+        """Register hooks that call ``put(probe, value)`` while the encoder runs; None if the family lacks the probe."""
+        if probe.name == "pre_projector":
+            return [
+                self.projector.register_forward_pre_hook(
+                    lambda _m, args: put(probe, args[0].detach().reshape(-1, args[0].shape[-1]))
+                )
+            ]
+        return None
+
+    def has_probe(self, probe: Probe) -> bool:
+        hooks = self.probe_hooks(probe, lambda _p, _v: None)
+        for hook in hooks or []:
+            hook.remove()
+        return hooks is not None
+
+    def order_raw(self, probe: Probe, value: Tensor, modality: str, inputs: dict[str, Any]) -> Tensor:
+        """Bring a captured tensor into the row order of `ImageLayout.raw` (window attention permutes rows)."""
+        return value
+
+    # -- positions ----------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_token_types(self) -> bool:
+        """Whether M-RoPE positions depend on ``mm_token_type_ids`` in this transformers version."""
+        return self.mrope and "mm_token_type_ids" in inspect.signature(self.inner.forward).parameters
+
+    def rope_index(self, input_ids: Tensor, types: Tensor, valid: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """M-RoPE positions ``[3, B, L]`` int64 of a prompt that starts at 0; only families with `mrope` are asked."""
+        given = {**inputs, "input_ids": input_ids, "mm_token_type_ids": types, "attention_mask": valid.long()}
+        known = inspect.signature(self.inner.get_rope_index).parameters
+        positions, _ = self.inner.get_rope_index(**{k: v for k, v in given.items() if k in known})
+        return positions
+
+
+def unique_layouts(items: Iterable[Any], make: Callable[[Any], ImageLayout]) -> list[ImageLayout]:
+    """Make each distinct layout once: pictures of one size share theirs."""
+    made: dict[Any, ImageLayout] = {}
+    out = []
+    for item in items:
+        if item not in made:
+            made[item] = make(item)
+        out.append(made[item])
+    return out
+
+
+def single_view(rows: int, cols: int, extra: int = 0) -> ImageLayout:
+    """Layout of one picture in one view; `extra` leading rows (a CLS token that is passed on) are separators."""
+    n = rows * cols
+    index = np.arange(extra, extra + n, dtype=np.int64)
+    return ImageLayout(
+        length=n + extra,
+        rank=index,
+        raw=np.arange(n, dtype=np.int64),
+        raw_length=n,
+        coords=raster(1, rows, cols),
+        seg_lens=(n,),
+        seg_kind=("image",),
+        seg_grid=((rows, cols),),
+        seg_box=((0.0, 0.0, 1.0, 1.0),),
+        grid=(1, 1, 1),
+    )
+
+
+@torch.no_grad()
+def cls_row(attention: Any, hidden: Tensor, softmax: bool) -> Tensor:
+    """How much the CLS token attends to each patch, recomputed from one query row: no attention map is needed.
+
+    Parameters
+    ----------
+    attention
+        A CLIP-type attention module (``q_proj``, ``k_proj``, ``num_heads``, ``scale``).
+    hidden : Tensor
+        ``[N, 1 + P, d]`` input of that module, CLS first.
+    softmax
+        After (True) or before (False) the softmax over all ``1 + P`` keys.
+
+    Returns
+    -------
+    Tensor
+        ``[N, P]`` fp32, mean over heads.
+    """
+    n, length, _ = hidden.shape
+    heads = attention.num_heads
+    query = attention.q_proj(hidden[:, :1]).view(n, 1, heads, -1).transpose(1, 2).float()
+    key = attention.k_proj(hidden).view(n, length, heads, -1).transpose(1, 2).float()
+    row = (query @ key.transpose(-1, -2)).squeeze(2) * attention.scale
+    row = row.softmax(-1) if softmax else row
+    return row.mean(1)[:, 1:]
+
+
+class ClipTowerMixin:
+    """The encoder half that LLaVA and LLaVA-NeXT share: a CLIP-type tower with a CLS token, or SigLIP without."""
+
+    inner: Any
+
+    @property
+    def projector(self) -> Any:
+        return self.inner.multi_modal_projector
+
+    @property
+    def tower(self) -> Any:
+        # transformers < 5.10 wraps the transformer once more.
+        return getattr(self.inner.vision_tower, "vision_model", self.inner.vision_tower)
+
+    @property
+    def has_cls(self) -> bool:
+        return hasattr(self.tower.embeddings, "class_embedding")
+
+    def cls_hooks(self, probe: Probe, put: Callable[[Probe, Tensor], None]) -> list[Any] | None:
+        layers = self.tower.encoder.layers
+        if not self.has_cls or not -len(layers) <= probe.layer < len(layers):
+            return None
+
+        def capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            put(probe, cls_row(module, hidden.detach(), probe.softmax).flatten())
+
+        return [layers[probe.layer].self_attn.register_forward_pre_hook(capture, with_kwargs=True)]

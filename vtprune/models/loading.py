@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a model with its processor: an embedded one by name, a checkpoint folder, or a hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, UnsupportedModelError
+from ..registry import nearest
+
+EMBEDDED = Path(__file__).parent / "pocket"
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
+
+
+def load(
+    name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None
+) -> tuple[Any, Any]:
+    """Load a vision-language model and its processor.
+
+    Parameters
+    ----------
+    name
+        An embedded model (``"pocket-llava"``), a folder with a transformers checkpoint, or a hub name.
+    device
+        Where to put the model; default the GPU if there is one, else the CPU.
+    dtype
+        Default fp32 on the CPU, bf16 on a GPU.
+
+    Returns
+    -------
+    model, processor
+        The stock transformers classes, the model in evaluation mode.
+
+    Raises
+    ------
+    ConfigError
+        Nothing loadable under that name; the message says why.
+    UnsupportedModelError
+        The checkpoint is not a vision-language model.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype):
+            raise ConfigError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16")
+        dtype = named
+    path = EMBEDDED / str(name) if str(name) in embedded_models() else name
+    local = Path(path).exists()
+    if local and not (Path(path) / "config.json").is_file():
+        raise ConfigError(
+            f"{name} has no config.json, so it is no checkpoint; give a folder that save_pretrained wrote"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if not hasattr(config, "vision_config"):
+            raise UnsupportedModelError(
+                f"{name} is a {config.model_type!r} model without vision; give a vision-language checkpoint"
+            )
+        key = "dtype" if transformers.__version__ >= "4.56" else "torch_dtype"
+        model, info = AutoModelForImageTextToText.from_pretrained(path, **{key: dtype}, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(path)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        # transformers, safetensors, the hub client and json each raise their own kinds for a bad checkpoint.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "" if local else nearest(str(name), embedded_models()) or f"; embedded: {', '.join(embedded_models())}"
+        raise ConfigError(f"cannot load {name!s}: {reason}{hint}") from error
+    missing = [k for k in info["missing_keys"] if "position_ids" not in k]
+    if missing or info.get("mismatched_keys"):
+        bad = [*missing, *(str(k) for k in info.get("mismatched_keys", []))]
+        raise ConfigError(
+            f"cannot load {name!s}: {len(bad)} weights are missing or of another shape (first: {bad[0]}); the folder "
+            "was saved by another transformers version or is incomplete"
+        )
+    return model.to(device).eval(), processor

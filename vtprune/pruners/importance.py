@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How important is each visual token? Sources that methods share; each gives fp32 scores and the name of what was used.
+
+A new source (for example a trained scorer) is one more entry in `SOURCES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..tokens import CLS_ROW, Probe, VisualTokens
+
+
+def _per_image(tokens: VisualTokens) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each image, copied to fp32: reductions then have the same shape, and so rounding, in any batch."""
+    start = 0
+    for n in tokens.image_lens:
+        rows = slice(start, start + n)
+        yield rows, tokens.features[rows].detach().to(torch.float32, copy=True)
+        start += n
+
+
+def _empty(tokens: VisualTokens) -> Tensor:
+    return tokens.features.new_empty(tokens.features.shape[0], dtype=torch.float32)
+
+
+def cls(tokens: VisualTokens) -> tuple[Tensor, str]:
+    """Attention that the CLS token of the vision encoder pays to each token."""
+    if CLS_ROW not in tokens.probes:
+        raise ConfigError("importance='cls' needs a vision encoder with a CLS token, this one has none; use 'auto'")
+    return tokens.probes[CLS_ROW].detach().float(), "cls"
+
+
+def norm(tokens: VisualTokens) -> tuple[Tensor, str]:
+    """L2 norm of each token."""
+    scores = _empty(tokens)
+    for rows, features in _per_image(tokens):
+        scores[rows] = torch.linalg.vector_norm(features, dim=1)
+    return scores, "norm"
+
+
+def minus_cosine_to_mean(tokens: VisualTokens) -> tuple[Tensor, str]:
+    """How unlike the mean of its image each token is: what is everywhere, such as background, scores low."""
+    scores = _empty(tokens)
+    for rows, features in _per_image(tokens):
+        length = torch.linalg.vector_norm(features, dim=1)
+        # The cosine does not see the length of the mean, so the sum will do; broken rows must not spoil the others.
+        mean = features.masked_fill(~length.isfinite()[:, None], 0.0).sum(0)
+        mean /= torch.linalg.vector_norm(mean).clamp(min=1e-8)
+        scores[rows] = -(features * mean).sum(1) / length.clamp(min=1e-8)
+    return scores, "minus_cosine_to_mean"
+
+
+def auto(tokens: VisualTokens) -> tuple[Tensor, str]:
+    """`cls` where the encoder has a CLS token, else `minus_cosine_to_mean`."""
+    return cls(tokens) if CLS_ROW in tokens.probes else minus_cosine_to_mean(tokens)
+
+
+#: Sources by the name under which a method's option knows them.
+SOURCES: dict[str, Callable[[VisualTokens], tuple[Tensor, str]]] = {"auto": auto, "cls": cls, "norm": norm}
+#: Probes without which a source cannot work, and those that it uses where they exist.
+NEEDS: dict[str, frozenset[Probe]] = {"cls": frozenset({CLS_ROW})}
+WANTS: dict[str, frozenset[Probe]] = {"auto": frozenset({CLS_ROW})}

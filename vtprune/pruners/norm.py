@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`norm`: keep the longest tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..registry import Pruner, register
+from ..tokens import VisualTokens
+from . import importance
+
+
+@register("norm")
+@dataclass
+class NormPruner(Pruner):
+    """Keep the tokens with the largest L2 norm. A baseline: one number per token, no notion of redundancy."""
+
+    paper = "baseline"
+    mechanism = "token norm"
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return importance.norm(tokens)[0]

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pruner sees (`VisualTokens`) and what it returns (`Selection`).
+
+Both are *flat ragged rows*: the visual tokens of a whole batch lie in one ``[T, D]`` tensor, sorted by sample, image,
+segment and raster order, and host-side tuples say where each segment ends. One call, and one kernel launch, serves a
+batch of samples with different images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: What a segment can be.
+SEGMENT_KINDS = ("image", "thumbnail", "crop", "frame")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A small tensor that the engine captures because a pruner declared that it `needs` (or `wants`) it.
+
+    Parameters
+    ----------
+    name
+        ``"cls_row"``: how much the CLS token of the vision encoder attends to each visual token, ``[T]`` fp32, mean
+        over heads.
+        ``"pre_projector"``: the encoder rows that feed the projector, ``[T * r, d_v]`` with ``r`` rows per visual
+        token (1 for LLaVA, 4 for Qwen's 2x2 PatchMerger), in the order of ``VisualTokens.features``.
+    layer
+        Encoder layer, indexed like a Python list over the layers (-2: the last but one).
+    softmax
+        For attention rows: after (True) or before (False) the softmax.
+    """
+
+    name: str
+    layer: int = -2
+    softmax: bool = True
+
+
+CLS_ROW = Probe("cls_row")
+PRE_PROJECTOR = Probe("pre_projector")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a pruner acts.
+
+    Parameters
+    ----------
+    layer
+        None: on the projected rows, before the language model (``"projector"``). An int K: after decoder layer K has
+        run (0-based), that is on the input of layer K + 1.
+    keep
+        Budget of this stage, where a method prunes in several steps; None takes the budget of the call.
+    """
+
+    layer: int | None = None
+    keep: float | int | None = None
+
+    @property
+    def name(self) -> str:
+        return "projector" if self.layer is None else f"layer {self.layer}"
+
+
+PROJECTOR = Stage()
+
+
+def cu_seqlens_of(lens: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Cumulated lengths with a leading 0, ``[len(lens) + 1]`` int64."""
+    # torch.tensor(..., device=device) would wait for the device.
+    return torch.tensor([0, *accumulate(lens)], dtype=torch.int64).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of one batch, separators (newlines, vision_start/end) excluded.
+
+    Rows are sorted by sample, image (a video counts as one image), segment (AnyRes view or video frame) and raster
+    order inside the segment.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[T, D]``, model dtype. Projected rows at the projector stage, hidden states at a layer stage.
+    seqlens : tuple of int
+        Tokens per segment, on the host. Zero is allowed.
+    source : Tensor
+        ``[T]`` int64, rank of each token among all placeholders of the batch in row-major (sample, position) order:
+        the way back to the prompt. AnyRes crops are not contiguous there.
+    coords : Tensor
+        ``[T, 3]`` fp32: time, row, column inside the segment (frame index, patch row, patch column).
+    seg_image : tuple of int
+        Image of each segment, counted over the batch.
+    image_sample : tuple of int
+        Sample of each image.
+    seg_kind : tuple of str
+        One of `SEGMENT_KINDS` per segment.
+    seg_grid : tuple of (int, int)
+        Rows and columns of the token grid of each segment (before unpadding, so an AnyRes crop may hold fewer tokens).
+    seg_box : tuple of (float, float, float, float)
+        Top, left, bottom, right of each segment's grid, in fractions of the picture that the model was given. An AnyRes
+        grid is padded to whole crops, so its boxes reach beyond 0 and 1.
+    image_grid : tuple of (int, int, int)
+        Per image, how its segments are arranged: ``(frames, rows of crops, columns of crops)``; (1, 1, 1) for one view.
+    image_size : tuple
+        Per image the size ``(height, width)`` in pixels where the model is told of it, else None.
+    text, text_lens
+        Input embeddings of the question ``[sum(text_lens), D]`` and its length per sample; None where there is no text.
+    probes : dict
+        Captured tensors by `Probe`; see there for shapes.
+    projector : callable or None
+        Maps pre-projector rows ``[n * r, d_v]`` to ``[n, D]``.
+    ctx : dict
+        Free for the pruner; the same object is handed to every stage of one call.
+    """
+
+    features: Tensor
+    seqlens: tuple[int, ...]
+    source: Tensor
+    coords: Tensor
+    seg_image: tuple[int, ...]
+    image_sample: tuple[int, ...]
+    seg_kind: tuple[str, ...]
+    seg_grid: tuple[tuple[int, int], ...]
+    seg_box: tuple[tuple[float, float, float, float], ...]
+    image_grid: tuple[tuple[int, int, int], ...]
+    image_size: tuple[tuple[int, int] | None, ...]
+    text: Tensor | None = None
+    text_lens: tuple[int, ...] | None = None
+    probes: dict[Probe, Tensor] = field(default_factory=dict)
+    projector: Callable[[Tensor], Tensor] | None = None
+    ctx: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    @property
+    def num_images(self) -> int:
+        return len(self.image_sample)
+
+    @property
+    def num_samples(self) -> int:
+        return max(self.image_sample, default=-1) + 1
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """``[S + 1]`` int64 on the device of the features: where each segment starts."""
+        return cu_seqlens_of(self.seqlens, self.device)
+
+    @property
+    def image_lens(self) -> tuple[int, ...]:
+        """Tokens per image."""
+        lens = [0] * self.num_images
+        for image, n in zip(self.seg_image, self.seqlens, strict=True):
+            lens[image] += n
+        return tuple(lens)
+
+    @property
+    def image_rank(self) -> tuple[int, ...]:
+        """Index of each image within its own sample: the same alone or in a batch, so it may seed a generator."""
+        seen: dict[int, int] = {}
+        ranks = []
+        for sample in self.image_sample:
+            ranks.append(seen.get(sample, 0))
+            seen[sample] = ranks[-1] + 1
+        return tuple(ranks)
+
+    def with_probes(self, probes: dict[Probe, Tensor]) -> VisualTokens:
+        return replace(self, probes={**self.probes, **probes})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kept tokens.
+
+    Parameters
+    ----------
+    index : Tensor
+        ``[K]`` int64, flat rows of `VisualTokens` that stay, ascending (so ascending per segment as well).
+    cu_seqlens : Tensor
+        ``[S + 1]`` int64: kept tokens per segment, cumulated, on the device.
+    order : Tensor or None
+        ``[K]`` the same rows, pool after pool, in the order in which they were chosen.
+    features : Tensor or None
+        ``[K, D]`` replacement rows (aligned with `index`) where a method merges tokens; positions stay the anchors'.
+    info : dict
+        What the pruner wants the report to say, for example ``{"importance": "cls"}``.
+    """
+
+    index: Tensor
+    cu_seqlens: Tensor
+    order: Tensor | None = None
+    features: Tensor | None = None
+    info: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_order(cls, order: Tensor, tokens: VisualTokens, **info: str) -> Selection:
+        """A selection from flat rows in the order of choice (``[K]``, no row twice)."""
+        index = order.sort().values
+        return cls(index, torch.searchsorted(index, tokens.cu_seqlens), order, None, info)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, tokens: VisualTokens, **info: str) -> Selection:
+        """A selection from a keep mask ``[T]`` bool. One host sync, for the count: for adaptive methods."""
+        index = mask.nonzero().squeeze(-1)
+        return cls(index, torch.searchsorted(index, tokens.cu_seqlens), None, None, info)
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
