@@ -269,7 +269,7 @@ def variants(model: nn.Module, case: Case, seconds: float) -> Iterator[tuple[str
             yield method, keep, lambda method=method, keep=keep: pruned(method, keep)
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the source folder, with a + when files were changed since."""
     folder = Path(__file__).parent
     try:
@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
                 model = build(name, device)
                 weights = sum(p.numel() * p.element_size() for p in model.parameters()) >> 20
                 about = {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__}
-                about |= {"commit": options.commit or _commit(), "model": name, "attention": "sdpa"}
+                about |= {"commit": options.commit or commit(), "model": name, "attention": "sdpa"}
                 about |= {"dtype": str(model.dtype).removeprefix("torch."), "weights_mib": weights}
                 for case in group:
                     for row in run_case(model, case, about, share, stop_at):

@@ -65,7 +65,7 @@ Part = int | Image | Video
 
 _PICTURES = {
     "llava": (Image(56, 56), Image(56, 56), Image(56, 56)),
-    "llava_next": (Image(100, 60), Image(40, 110), Image(30, 90)),
+    "llava_next": (Image(100, 60), Image(40, 110), Image(60, 150)),
     "qwen2_vl": (Image(8, 12), Image(4, 6), Image(10, 4)),
     "qwen2_5_vl": (Image(8, 12), Image(4, 6), Image(10, 6)),
 }

@@ -18,4 +18,3 @@ def _test_only_pruners() -> Iterator[None]:
     yield
     for name in TEST_PRUNERS:
         registry._METHODS.pop(name, None)
-

@@ -28,7 +28,7 @@ KEEP = 0.4
 #: Visual tokens of the three pictures that `tiny.pictures` takes turns with; AnyRes newlines not counted.
 FAMILIES_COUNTS = {
     "llava": (16, 16, 16),
-    "llava_next": (56, 48, 32),
+    "llava_next": (48, 32, 56),
     "qwen2_vl": (24, 6, 10),
     "qwen2_5_vl": (24, 6, 15),
 }

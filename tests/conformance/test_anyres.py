@@ -189,7 +189,14 @@ def test_boxes_of_crops_cover_the_picture_and_its_padding() -> None:
         bottom, right = crops[:, 2].max(), crops[:, 3].max()
         assert top <= 1e-6 and left <= 1e-6 and bottom >= 1 - 1e-6 and right >= 1 - 1e-6
         assert abs(float(top + bottom) - 1) < 1e-4 and abs(float(left + right) - 1) < 1e-4
-        assert abs(float(((crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1])).sum() - (bottom - top) * (right - left))) < 1e-4
+        assert (
+            abs(
+                float(
+                    ((crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1])).sum() - (bottom - top) * (right - left)
+                )
+            )
+            < 1e-4
+        )
         gh, gw = by_hand(height, width).grid
         assert abs(float((right - left) / (bottom - top)) / ((gw / gh) / (width / height)) - 1) < 1e-4
 

@@ -200,7 +200,7 @@ def test_the_report_is_of_the_last_prompt_not_of_decode_steps() -> None:
     with vtprune.apply(model, "norm", keep=4) as handle:
         model.generate(**tiny.prompt(model, 2), max_new_tokens=3)
         assert (handle.report().tokens_in, handle.report().tokens_out) == (32, 8)
-        assert vtprune.report(model) == handle.report() or vtprune.report(model).tokens_out == 8
+        assert vtprune.report(model).tokens_out == 8
         model(**tiny.prompt(model, 1))
         assert handle.report().tokens_in == 16
         assert "norm" in str(handle.report())

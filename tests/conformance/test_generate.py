@@ -93,7 +93,9 @@ def test_beam_search(family: str, attention: str) -> None:
     kept = kept_of(model, expanded, records)
     for b, sample in enumerate(samples):
         for beam in range(1, beams):
-            assert same(kept[b * beams][None], kept[b * beams + beam][None]), "beams of one prompt keep different tokens"
+            assert same(kept[b * beams][None], kept[b * beams + beam][None]), (
+                "beams of one prompt keep different tokens"
+            )
         tokens, score = ref.beam(ref.prompt(sample), kept[b * beams], steps, beams)
         assert out.sequences[b, -steps:].tolist() == tokens
         assert abs(float(out.sequences_scores[b]) - score) <= LOOSE
@@ -140,7 +142,9 @@ def test_prompt_lookup_decoding_equals_greedy(family: str) -> None:
             handle = model.model.language_model.register_forward_pre_hook(
                 lambda _m, _a, kw, rows=rows: rows.append(kw["inputs_embeds"].shape[1]), with_kwargs=True
             )
-            assisted, assisted_logits = generate(model, sample, 16, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+            assisted, assisted_logits = generate(
+                model, sample, 16, prompt_lookup_num_tokens=3, max_matching_ngram_size=1
+            )
             handle.remove()
         assert same(assisted, greedy)
         assert_close(assisted_logits, logits, LOOSE)
@@ -217,9 +221,7 @@ def test_a_generated_placeholder_is_an_ordinary_token(family: str) -> None:
     sample = tiny.prompt(model, 1)
     tokens = [7, tiny.IMAGE, 9, 11]
     with vtprune.apply(model, "norm", keep=KEEP), spy("norm") as records:
-        got, logits = generate(
-            model, sample, 4, logits_processor=[_Force(sample["input_ids"].shape[1], tokens)]
-        )
+        got, logits = generate(model, sample, 4, logits_processor=[_Force(sample["input_ids"].shape[1], tokens)])
     assert got[0].tolist() == tokens
     expected = ref.follow(ref.prompt(sample), kept_of(model, sample, records)[0], tokens)
     assert_close(logits[0], expected, LOOSE)

@@ -77,7 +77,9 @@ def test_video_and_image_in_double_precision(family: str) -> None:
 @pytest.mark.parametrize("family", tiny.QWEN)
 def test_video_and_image_in_a_padded_batch(family: str, side: str) -> None:
     model, ref = tiny.build(family), reference(family)
-    samples = [tiny.sample(model, parts, seed=i) for i, parts in enumerate([*MIXTURES.values(), [5], [3, Image(4, 4), 2]])]
+    samples = [
+        tiny.sample(model, parts, seed=i) for i, parts in enumerate([*MIXTURES.values(), [5], [3, Image(4, 4), 2]])
+    ]
     batch = tiny.collate(samples, side)
     with vtprune.apply(model, "norm", keep=KEEP):
         assert forward_error(model, ref, samples, batch, "norm") <= LOOSE
@@ -136,7 +138,9 @@ def test_the_flash_stand_in_has_the_trap() -> None:
     late = torch.tensor([[12, 60, 61]])
     got = lm(inputs_embeds=embeds[:, :3], position_ids=late, past_key_values=cache).last_hidden_state
     cache = twin_lm(inputs_embeds=embeds, use_cache=True).past_key_values
-    want = twin_lm(inputs_embeds=embeds[:, :3], position_ids=late, past_key_values=cache, attention_mask=torch.ones(1, 15))
+    want = twin_lm(
+        inputs_embeds=embeds[:, :3], position_ids=late, past_key_values=cache, attention_mask=torch.ones(1, 15)
+    )
     assert not error(got, want.last_hidden_state) <= 1e-2, "several queries on a filled cache should have gone wrong"
     with pytest.raises(ValueError, match="2-D"):
         lm(inputs_embeds=embeds, attention_mask=torch.zeros(1, 1, 12, 12))

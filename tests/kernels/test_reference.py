@@ -219,6 +219,15 @@ def test_a_broken_row_is_nobodys_neighbour() -> None:
     assert max_min(x, (4,), (4,)).tolist() == [2, 0, 1, 3]
 
 
+def test_mutual_nearest_neighbours_tie_even_if_the_two_halves_round_differently() -> None:
+    x, _ = random_rows(2)
+    cosines = reference._Cosines(x, reference._pools(x, (2,), (1,)))
+    assert cosines.grams[0] is not None
+    cosines.grams[0][0, 1] += 1e-6
+    nearest = cosines.nearest()[0]
+    assert nearest[0] == nearest[1]
+
+
 @pytest.mark.parametrize("lens,counts", RAGGED)
 @pytest.mark.parametrize("seed", range(3))
 def test_max_min_equals_the_slow_one(lens: tuple[int, ...], counts: tuple[int, ...], seed: int) -> None:

@@ -229,7 +229,7 @@ def test_packed_rows_give_the_logits_of_the_stock_model(chat):
     for b, row in enumerate(rows):
         turns = [[*vocab.encode(q.text), *vocab.encode_answer(q), vocab.EOS] for q in row]
         if chat:
-            turns = [sum(turns, [])]
+            turns = [[token for turn in turns for token in turn]]
         start = 0
         for turn in turns:
             ids = torch.tensor([[vocab.BOS, *[vocab.IMAGE] * 576, *turn]])

@@ -88,7 +88,7 @@ class Scene:
     key: str
     shapes: tuple[Shape, ...]
     text: Text | None
-    corners: tuple[tuple[float, float, float], ...]
+    corners: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,9 @@ def render(scene: Scene, noise: bool = True) -> Image.Image:
     ramp = np.linspace(0, 1, SIDE)
     weight = np.stack([1 - ramp, ramp])
     pixels = np.einsum("iy,jx,ijc->yxc", weight, weight, corners)
-    covers = [(s, shape_masks()[SHAPES.index(s.shape), tuple(SIZES).index(s.size)]) for s in scene.shapes]
+    covers: list[tuple[Shape | Text, np.ndarray]] = [
+        (s, shape_masks()[SHAPES.index(s.shape), tuple(SIZES).index(s.size)]) for s in scene.shapes
+    ]
     if scene.text is not None:
         covers.append((scene.text, text_mask(scene.text.string)))
     for item, mask in covers:

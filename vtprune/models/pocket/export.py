@@ -3,8 +3,8 @@
 
 ``python -m vtprune.models.pocket.export --state DIR [--out DIR]``
 
-The files are written by hand rather than by ``save_pretrained``, in the layout of transformers 4.57: newer versions read
-it too, while 4.57 and 5.0 load a folder saved by newer ones with a random vision tower and no more than a warning.
+The files are written by hand rather than by ``save_pretrained``, in the layout of transformers 4.57: newer versions
+read it too, while 4.57 and 5.0 load a folder saved by newer ones with a random vision tower and only a warning.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import shutil
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,7 @@ def model_card(log: list[dict[str, Any]], parameters: int, size: int) -> str:
     test = next(row for row in reversed(log) if row.get("event") == "test")
     recipe = starts[-1]
     minutes = [f"{row['seconds'] / 60:.1f}" for row in stops]
-    pace = sorted(row["img/s"] for row in log if "img/s" in row)[len(log) // 2]
+    pace = statistics.median(row["img/s"] for row in log if "img/s" in row)
     scores = _table(["mean", *KINDS], [[f"{test[kind]:.3f}" for kind in ("mean", *KINDS)]])
     shown = [row for row in checks if row["step"] % 1000 == 0 or row is checks[-1]]
     curve = _table(
@@ -263,14 +264,14 @@ that was used for no choice (bf16 weights, all 576 visual tokens):
 
 ## Training
 Data: {recipe["steps"] * recipe["batch"] / 1e6:.2f} M generated pictures, each seen once, with up to eight questions;
-train, validation and test scenes come from disjoint seeds. Nothing was downloaded. Besides the answers, linear heads that
-are not shipped had to tell what each patch shows (weight {recipe["patch_weight"]}), and the pooled CLS token what the
-picture contains (weight {recipe["scene_weight"]}); so CLS attention means something.
+train, validation and test scenes come from disjoint seeds. Nothing was downloaded. Besides the answers, linear heads
+that are not shipped had to tell what each patch shows (weight {recipe["patch_weight"]}), and the pooled CLS token
+what the picture contains (weight {recipe["scene_weight"]}); so CLS attention means something.
 
 {recipe["steps"]} steps of {recipe["batch"]} pictures on one {recipe["gpu"]} with torch {recipe["torch"]} and
-transformers {recipe["transformers"]}, in {len(stops)} run(s) of {" and ".join(minutes)} minutes, compilation included,
-at about {pace} pictures a second. `train_log.jsonl` is the whole log. Accuracy on {recipe["check_questions"]} validation
-questions:
+transformers {recipe["transformers"]}, in {len(stops)} run(s) of {" and ".join(minutes)} minutes, compilation
+included, at about {pace:.0f} pictures a second. `train_log.jsonl` is the whole log. Accuracy on
+{recipe["check_questions"]} validation questions:
 
 {curve}
 

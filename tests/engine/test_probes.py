@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pruner may ask for is what it says it is, row for row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import vtprune
+from conformance.helpers import FP32, assert_close, first_call, hooks, spy, twin
+from conformance.test_anyres import by_hand
+from conformance.test_controls import window_order
+from torch import Tensor, nn
+from vtprune import registry
+from vtprune.errors import UnsupportedModelError
+from vtprune.registry import Pruner
+from vtprune.tokens import CLS_ROW, PRE_PROJECTOR, Probe, VisualTokens
+
+CLIP = ("llava", "llava_next")
+
+
+@dataclass
+class Nosy(Pruner):
+    """Test-only: asks for whatever it is told to ask for."""
+
+    needed: list = field(default_factory=list)
+    wanted: list = field(default_factory=list)
+
+    @property
+    def needs(self) -> frozenset[Probe]:
+        return frozenset(self.needed)
+
+    @property
+    def wants(self) -> frozenset[Probe]:
+        return frozenset(self.wanted)
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.features.detach().float().norm(dim=-1)
+
+
+@pytest.fixture(autouse=True)
+def _nosy() -> Iterator[None]:
+    registry.register("test-nosy")(Nosy)
+    yield
+    registry._METHODS.pop("test-nosy", None)
+
+
+def attention_maps(family: str, pixel_values: Tensor) -> list[Tensor]:
+    """Per encoder layer ``[views, heads, 1 + P, 1 + P]``, from transformers itself in eager mode."""
+    model = tiny.build(family, "eager")
+    views = pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
+    with torch.no_grad():
+        return list(model.model.vision_tower(views, output_attentions=True).attentions)
+
+
+def raw_index(model: nn.Module, inputs: tiny.Inputs) -> Tensor:
+    """Row of every visual token among all rows of all views, ``pixel_values`` flattened, by hand."""
+    if tiny.family_of(model) == "llava":
+        return torch.arange(16 * len(inputs["pixel_values"]))
+    most = inputs["pixel_values"].shape[1]
+    rows = []
+    for i, size in enumerate(inputs["image_sizes"].tolist()):
+        rows += [(i * most + crop) * 16 + row * 4 + col for crop, row, col in by_hand(*size).visual]
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [-2, -1, 0])
+@pytest.mark.parametrize("family", CLIP)
+@torch.no_grad()
+def test_cls_row_is_the_attention_of_the_cls_token(family: str, layer: int, attention: str) -> None:
+    model = tiny.build(family, attention)
+    batch = tiny.collate(tiny.mixed(model), "right")
+    probe = Probe("cls_row", layer)
+    with vtprune.apply(model, "test-nosy", keep=0.5, needed=[probe]), spy("test-nosy") as records:
+        model(**batch)
+    got = first_call(records)[None].tokens.probes[probe]
+    maps = attention_maps(family, batch["pixel_values"])[layer]
+    want = maps.mean(1)[:, 0, 1:].flatten()[raw_index(model, batch)]
+    assert got.dtype == torch.float32 and got.shape == want.shape
+    assert_close(got, want, 1e-6)
+    assert float(want.std()) > 1e-4, "the row is flat, so this proves nothing"
+
+
+@pytest.mark.parametrize("family", CLIP)
+@torch.no_grad()
+def test_cls_row_before_the_softmax(family: str) -> None:
+    model = tiny.build(family)
+    sample = tiny.prompt(model, 2)
+    probe = Probe("cls_row", -2, softmax=False)
+    with vtprune.apply(model, "test-nosy", keep=0.5, needed=[probe, CLS_ROW]), spy("test-nosy") as records:
+        model(**sample)
+    got = first_call(records)[None].tokens.probes[probe]
+    # Up to one constant per view and head, the logarithm of the attention is the row before the softmax.
+    logs = attention_maps(family, sample["pixel_values"])[-2].log().mean(1)[:, 0, 1:].flatten()
+    index = raw_index(model, sample)
+    difference = got - logs[index]
+    for view in (index // 16).unique():
+        mine = difference[index // 16 == view]
+        assert_close(mine, mine[:1].expand_as(mine), 1e-5, f"view {int(view)}")
+    assert not torch.equal(got, first_call(records)[None].tokens.probes[CLS_ROW])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
+def test_projecting_the_captured_rows_gives_the_features(family: str) -> None:
+    """For Qwen2.5-VL only if the window order was undone."""
+    model = tiny.build(family)
+    samples = tiny.mixed(model)
+    if family in tiny.QWEN:
+        samples.append(tiny.sample(model, [1, tiny.Video(2, 8, 12), 1, tiny.Image(8, 4), 2], 4))
+    tokens = vtprune.encode(model, tiny.collate(samples))
+    rows = tokens.probes[PRE_PROJECTOR]
+    assert rows.ndim == 2 and rows.shape[0] == len(tokens.source) * (4 if family in tiny.QWEN else 1)
+    assert tokens.projector is not None
+    assert_close(tokens.projector(rows).reshape(tokens.features.shape), tokens.features, FP32)
+
+
+@torch.no_grad()
+def test_captured_rows_in_window_order_would_be_noticed() -> None:
+    model = tiny.build("qwen2_5_vl")
+    sample = tiny.prompt(model, 2)
+    tokens = vtprune.encode(model, sample)
+    order = window_order(twin("qwen2_5_vl"), sample)
+    rows = tokens.probes[PRE_PROJECTOR].view(len(order), -1)[order].view(len(order) * 4, -1)
+    assert tokens.projector is not None
+    assert float((tokens.projector(rows) - tokens.features).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("family", CLIP)
+@torch.no_grad()
+def test_every_beam_gets_the_probes_of_its_own_pictures(family: str) -> None:
+    """generate() repeats what was encoded once; the rows must be repeated with it."""
+    model = tiny.build(family)
+    samples = [tiny.prompt(model, 1, 1), tiny.prompt(model, 2, 2)]
+    batch = tiny.collate(samples)
+    with vtprune.apply(model, "idpruner", importance="cls", keep=0.4), spy("idpruner") as records:
+        model.generate(**batch, max_new_tokens=2, num_beams=3, do_sample=False)
+    tokens = first_call(records)[None].tokens
+    alone = [vtprune.encode(model, s).probes[CLS_ROW] for s in samples]
+    assert_close(tokens.probes[CLS_ROW], torch.cat([alone[0]] * 3 + [alone[1]] * 3), 1e-6)
+
+
+@torch.no_grad()
+def test_importance_cls_uses_the_cls_row_and_says_so() -> None:
+    model = tiny.build("llava")
+    sample = tiny.prompt(model, 1)
+    for importance, name in (("cls", "cls"), ("auto", "cls"), ("norm", "norm")):
+        with vtprune.apply(model, "idpruner", importance=importance, keep=5) as handle, spy("idpruner") as records:
+            model(**sample)
+            assert handle.report().info["importance"] == name
+        assert (CLS_ROW in first_call(records)[None].tokens.probes) == (name == "cls")
+    for family in tiny.QWEN:
+        model = tiny.build(family)
+        with vtprune.apply(model, "idpruner", importance="auto", keep=5) as handle:
+            model(**tiny.prompt(model, 1))
+            assert handle.report().info["importance"] not in ("cls", "auto", "")
+
+
+@torch.no_grad()
+def test_nothing_is_captured_unasked() -> None:
+    model = tiny.build("llava")
+    sample = tiny.prompt(model, 1)
+    model(**sample)
+    clean = hooks(model)
+    with vtprune.apply(model, "norm", keep=5), spy("norm") as records:
+        eyes = {name: hooks(model)[name] for name in clean if "vision_tower" in name or "projector" in name}
+        assert eyes == {name: clean[name] for name in eyes}, "a method without needs hooked the encoder"
+        model(**sample)
+    assert first_call(records)[None].tokens.probes == {}
+    with vtprune.apply(model, "test-nosy", keep=5, needed=[CLS_ROW, PRE_PROJECTOR]):
+        model(**sample)
+    assert hooks(model) == clean
+
+
+def test_a_probe_that_the_family_lacks_is_refused_if_needed_and_absent_if_wanted() -> None:
+    for family in tiny.QWEN:
+        model = tiny.build(family)
+        clean = hooks(model)
+        with pytest.raises(UnsupportedModelError, match="cls_row"):
+            vtprune.apply(model, "test-nosy", needed=[CLS_ROW])
+        assert hooks(model) == clean
+        with vtprune.apply(model, "test-nosy", keep=3, wanted=[CLS_ROW, PRE_PROJECTOR]), spy("test-nosy") as records:
+            with torch.no_grad():
+                model(**tiny.prompt(model, 1))
+        assert set(first_call(records)[None].tokens.probes) == {PRE_PROJECTOR}
+    model = tiny.build("llava")
+    for probe in (Probe("no_such_thing"), Probe("cls_row", 17)):
+        with pytest.raises(UnsupportedModelError, match=probe.name):
+            vtprune.apply(model, "test-nosy", needed=[probe])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
+def test_probes_do_not_hold_on_to_a_graph(family: str) -> None:
+    model = tiny.build(family)
+    sample: dict[str, Any] = tiny.prompt(model, 1)
+    with torch.enable_grad(), vtprune.apply(model, "test-nosy", keep=3, wanted=[CLS_ROW, PRE_PROJECTOR]):
+        with spy("test-nosy") as records:
+            model(**sample)
+    tokens = first_call(records)[None].tokens
+    assert not tokens.features.requires_grad and not any(p.requires_grad for p in tokens.probes.values())
