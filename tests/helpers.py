@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vtprune.tokens import CLS_ROW, VisualTokens
+from vtprune.tokens import CLS_LOGITS, CLS_ROW, VisualTokens
 
 #: One image: its segments as (rows, columns). One sample: its images.
 Image = Sequence[tuple[int, int]]
@@ -51,7 +51,7 @@ def make_tokens(
         seg_box=((0.0, 0.0, 1.0, 1.0),) * len(grids),
         image_grid=((1, 1, 1),) * len(images),
         image_size=(None,) * len(images),
-        probes={CLS_ROW: cls_row} if isinstance(cls_row, Tensor) else {},
+        probes=dict.fromkeys((CLS_ROW, CLS_LOGITS), cls_row) if isinstance(cls_row, Tensor) else {},
     )
 
 

@@ -7,14 +7,31 @@
 ...     pass  # model.generate(**inputs) runs on a quarter of the visual tokens
 """
 
-from .api import Handle, apply, encode, remove, report, select, using
-from .budget import Budget
-from .config import PruneConfig
-from .models.loading import load
-from .registry import Pruner, methods, register
-from .tokens import Probe, Selection, Stage, VisualTokens
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .api import Handle, apply, encode, remove, report, select, using
+    from .budget import Budget
+    from .config import PruneConfig
+    from .models.loading import load
+    from .registry import Pruner, methods, register
+    from .tokens import Probe, Selection, Stage, VisualTokens
+
+# Imported at first use: torch takes seconds, and `vtprune --help` does not need it.
+_HOMES = {
+    "api": ("Handle", "apply", "encode", "remove", "report", "select", "using"),
+    "budget": ("Budget",),
+    "config": ("PruneConfig",),
+    "models.loading": ("load",),
+    "registry": ("Pruner", "methods", "register"),
+    "tokens": ("Probe", "Selection", "Stage", "VisualTokens"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Budget",
@@ -35,3 +52,15 @@ __all__ = [
     "select",
     "using",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'vtprune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

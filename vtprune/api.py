@@ -19,7 +19,7 @@ from .engine.call import Encoded
 from .engine.report import Report
 from .errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 from .models import find_family
-from .tokens import CLS_ROW, PRE_PROJECTOR, Probe, Selection, VisualTokens
+from .tokens import CLS_LOGITS, CLS_ROW, PRE_PROJECTOR, Probe, Selection, VisualTokens
 
 
 class Handle:
@@ -244,7 +244,7 @@ def encode(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
         Features and every probe that the encoder offers, for `select`: sweeps and sliders need no further forward.
     """
     family = find_family(model)
-    probes: frozenset[Probe] = frozenset(p for p in (CLS_ROW, PRE_PROJECTOR) if family.has_probe(p))
+    probes: frozenset[Probe] = frozenset(p for p in (CLS_ROW, CLS_LOGITS, PRE_PROJECTOR) if family.has_probe(p))
     with using(model, None):
         engine = engine_of(family)
         assert engine is not None

@@ -43,6 +43,7 @@ class Probe:
 
 
 CLS_ROW = Probe("cls_row")
+CLS_LOGITS = Probe("cls_row", softmax=False)
 PRE_PROJECTOR = Probe("pre_projector")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from vtprune import registry
 
 from .helpers import TEST_PRUNERS

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FlashAttention-2 contract as an attention function, with its traps, for machines without the package.
 
-It does what `transformers.modeling_flash_attention_utils._flash_attention_forward` does around the kernel: it accepts a
-2-D padding mask or None and nothing else; with a mask it unpads and runs one sequence per row; with batch 1, no mask and
-position ids that are not consecutive it takes the row for several packed sequences, and it then cuts the *keys* where it
+It does what `transformers.modeling_flash_attention_utils._flash_attention_forward` does around the kernel. It accepts a
+2-D padding mask or None and nothing else. With a mask it unpads and runs one sequence per row. With batch 1, no mask
+and positions that are not consecutive it takes the row for several packed sequences, and then cuts the *keys* where it
 cuts the *queries*, which is wrong as soon as the cache is not empty. The decision and the cuts are transformers' own.
 
 The kernel itself is plain matrix algebra on a CPU, and PyTorch's own flash kernel on a GPU in half precision.

@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import tiny
 import torch
-import vtprune
+import transformers
 from torch import Tensor, nn
+
+import vtprune
 from vtprune.registry import Pruner
 from vtprune.tokens import PROJECTOR, Selection, Stage, VisualTokens
 
@@ -25,6 +27,8 @@ ATTENTIONS = ("sdpa", "eager", FLASH)
 METHODS = ("random", "grid", "norm", "divprune", "idpruner")
 FP32, FP64, LOOSE = 2e-5, 1e-10, 1e-4
 KEEP = 0.4
+#: A token that greedy decoding never writes: some modes of generate() need an end token.
+NEVER = tiny.VOCABULARY - 1
 #: Visual tokens of the three pictures that `tiny.pictures` takes turns with; AnyRes newlines not counted.
 FAMILIES_COUNTS = {
     "llava": (16, 16, 16),
@@ -32,6 +36,12 @@ FAMILIES_COUNTS = {
     "qwen2_vl": (24, 6, 10),
     "qwen2_5_vl": (24, 6, 15),
 }
+
+
+#: True where generate() works with lengths of the cache: transformers before 5.10 wants the whole history again on a
+#: filled cache and cuts it by the cache's length, and crops rejected candidates to an absolute length. Both cannot be
+#: right on a pruned cache, so there the engine must refuse.
+COUNTS_THE_CACHE = hasattr(transformers.GenerationMixin, "_get_initial_cache_position")
 
 
 @dataclass
@@ -123,7 +133,7 @@ def first_call(records: Sequence[Record]) -> dict[int | None, Record]:
 
 
 def slot_masks(model: nn.Module, inputs: tiny.Inputs, records: Sequence[Record]) -> dict[int | None, Tensor]:
-    """Per stage of the first prefill, the slots of the padded batch that stay, ``[B, L]`` bool (padding counts as kept)."""
+    """Per stage of the first prefill, the slots of the batch that stay, ``[B, L]`` bool (padding counts as kept)."""
     placeholder = placeholder_mask(model, inputs["input_ids"])
     masks = {}
     for layer, record in first_call(records).items():
@@ -145,7 +155,7 @@ def all_kept(prompt: Prompt) -> Kept:
     return {None: torch.ones_like(prompt.placeholder)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def twin(family: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> nn.Module:
     """An untouched model, built once; never hook it."""
     return tiny.build(family, attention, dtype)
@@ -204,7 +214,7 @@ def forward_error(
 
 @torch.no_grad()
 def generate(model: nn.Module, inputs: tiny.Inputs, steps: int = 5, **options: Any) -> tuple[Tensor, Tensor]:
-    """New tokens ``[B, steps]`` and the raw logits they were drawn from ``[B, steps, V]`` (of beam rows under beams)."""
+    """New tokens ``[B, steps]`` and the raw logits they were drawn from ``[B, steps, V]``; not for beams."""
     out = model.generate(
         **inputs,
         **{"max_new_tokens": steps, "do_sample": False, **options},
@@ -235,6 +245,24 @@ def generation_error(
         if tokens[b].tolist() != expected:
             return math.inf
     return worst
+
+
+@cache
+def most_images_for_beams(family: str) -> int:
+    """How many pictures per prompt the *stock* generate() gets right when it repeats prompts for beams or samples.
+
+    Before transformers 5.20 it repeats LLaVA's pictures one by one, so that beams of a prompt with two pictures see the
+    first picture twice. What the stock model gets wrong by itself cannot be asked of it pruned.
+    """
+    plain, ref = twin(family), reference(family)
+    sample = tiny.prompt(plain, 2, seed=1)
+    with torch.no_grad():
+        out = plain.generate(
+            **sample, max_new_tokens=3, num_beams=2, do_sample=False, output_scores=True, return_dict_in_generate=True
+        )
+    tokens, score = ref.beam(ref.prompt(sample), {}, 3, 2)
+    right = out.sequences[0, -3:].tolist() == tokens and abs(float(out.sequences_scores[0]) - score) <= LOOSE
+    return 2 if right else 1
 
 
 @torch.no_grad()

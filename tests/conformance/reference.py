@@ -2,12 +2,13 @@
 """What a pruned model must compute, worked out by hand: one sample at a time, no padding, no cache, no hook.
 
 The reference takes an untouched twin of the model. It lets the twin embed the prompt, throws the dropped rows away with
-boolean indexing, keeps the position ids that the rows had in the full prompt, and calls the decoder layers one after the
-other in a Python loop under an explicit causal mask. Decoding recomputes everything at every step.
+boolean indexing, keeps the position ids that the rows had in the full prompt, and calls the decoder layers one
+by one, in a Python loop, under an explicit causal mask. Decoding recomputes everything at every step.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,22 +51,29 @@ class Run:
     states: dict[int, tuple[Tensor, Tensor]]  # layer -> (slots, hidden states after it, before dropping)
 
 
-def mrope(ids: Tensor, grids: Sequence[tuple[int, int, int]], seconds_per_tick: int = 1) -> Tensor:
-    """M-RoPE positions by hand, ``[3, L]``: text counts on; a picture spans its rows and columns from where it starts."""
-    columns: list[tuple[int, int, int]] = []
-    start, i, left = 0, 0, list(grids)
-    tokens = ids.tolist()
-    while i < len(tokens):
-        if tokens[i] not in (tiny.IMAGE, tiny.VIDEO):
-            columns.append((start, start, start))
-            start, i = start + 1, i + 1
-            continue
-        t, h, w = left.pop(0)
-        tick = seconds_per_tick if tokens[i] == tiny.VIDEO else 1
-        columns += [(start + f * tick, start + y, start + x) for f in range(t) for y in range(h) for x in range(w)]
-        i += t * h * w
-        start += max(h, w)
-    return torch.tensor(columns).T
+def mrope(ids: Tensor, grids: Sequence[tuple[int, int, int]], seconds_per_tick: int = 1) -> tuple[Tensor, Tensor]:
+    """M-RoPE positions by hand, ``[3, L]``: text counts on; a picture spans rows and columns from where it starts.
+
+    Where text goes on after a clip depends on the version of transformers: after the largest position of the clip,
+    whichever axis it is on, or (newer) after its rows and columns, whatever its duration. Both are returned.
+    """
+    rules = []
+    for after_duration in (True, False):
+        columns: list[tuple[int, int, int]] = []
+        start, i, left = 0, 0, list(grids)
+        tokens = ids.tolist()
+        while i < len(tokens):
+            if tokens[i] not in (tiny.IMAGE, tiny.VIDEO):
+                columns.append((start, start, start))
+                start, i = start + 1, i + 1
+                continue
+            t, h, w = left.pop(0)
+            tick = seconds_per_tick if tokens[i] == tiny.VIDEO else 1
+            columns += [(start + f * tick, start + y, start + x) for f in range(t) for y in range(h) for x in range(w)]
+            i += t * h * w
+            start += max(h, w, (t - 1) * tick + 1 if after_duration else 0)
+        rules.append(torch.tensor(columns).T)
+    return rules[0], rules[1]
 
 
 def grids_in_order(inputs: tiny.Inputs) -> list[tuple[int, int, int]]:
@@ -116,6 +124,13 @@ class Reference:
             handle.remove()
         raise AssertionError("the language model was not called")
 
+    def rope_index(self, inputs: tiny.Inputs) -> Tensor:
+        """``[3, L]`` M-RoPE positions of one prompt by the twin's own rule, which the tests compare with `mrope`."""
+        if "image_grid_thw" not in inputs and "video_grid_thw" not in inputs:
+            return torch.arange(inputs["input_ids"].shape[1]).expand(3, -1)
+        known = inspect.signature(self.twin.model.get_rope_index).parameters
+        return self.twin.model.get_rope_index(**{k: v for k, v in inputs.items() if k in known})[0][:, 0]
+
     def prompt(self, inputs: tiny.Inputs) -> Prompt:
         """Embed one prompt that has no padding."""
         assert inputs["input_ids"].shape[0] == 1 and bool(inputs["attention_mask"].all())
@@ -126,15 +141,19 @@ class Reference:
         if hasattr(self.twin.model, "image_newline"):
             newline = placeholder & (embeds == self.twin.model.image_newline.to(embeds.dtype)).all(-1)
         if tiny.family_of(self.twin) in tiny.QWEN:
-            tick = getattr(self.twin.config.vision_config, "tokens_per_second", 1)
-            positions = mrope(ids.cpu(), grids_in_order(inputs), tick).to(ids.device)
+            positions = self.rope_index(inputs)
         else:
             positions = torch.arange(len(ids), device=ids.device)[None]
         return Prompt(ids, embeds, positions, placeholder, newline)
 
     def run(
-        self, prompt: Prompt, kept: Kept, tail: Sequence[int] = (), positions: str = "original", next_position: int | None = None
-    ) -> Run:  # fmt: skip
+        self,
+        prompt: Prompt,
+        kept: Kept,
+        tail: Sequence[int] = (),
+        positions: str = "original",
+        next_position: int | None = None,
+    ) -> Run:
         """One pass over the kept rows of the prompt and all of `tail`, tokens that follow it.
 
         Parameters

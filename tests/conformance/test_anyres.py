@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-import vtprune
 from tiny import Image, Video
 from torch import Tensor, nn
+
+import vtprune
 from vtprune.tokens import VisualTokens
 
 from .helpers import KEEP, later_hook, placeholder_mask, reference, twin

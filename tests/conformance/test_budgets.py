@@ -8,8 +8,9 @@ import math
 import pytest
 import tiny
 import torch
-import vtprune
 from tiny import Image, Video
+
+import vtprune
 from vtprune.errors import ConfigError, InputError, VTPruneWarning
 
 from .helpers import FAMILIES_COUNTS, METHODS, first_call, hooks, kept_of, reference, same, spy, twin

@@ -2,7 +2,7 @@
 """Tests of the tests: known bugs are put in from the outside, and each must make a comparison fail.
 
 The bugs are those that were met while the mechanism was found. Each is a hook that runs after the engine's own, so that
-the controls know nothing of how the engine is built. Every control first shows that the comparison holds without the bug.
+the controls know nothing of how the engine is built. Every control first shows that the comparison holds without it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import vtprune
 from torch import Tensor, nn
+
+import vtprune
 
 from .helpers import (
     ATTENTIONS,

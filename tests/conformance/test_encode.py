@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import tiny
 import torch
-import vtprune
 from torch import nn
+
+import vtprune
 from vtprune.errors import ConfigError, InputError
 
 from .helpers import METHODS, first_call, hooks, same, spy, twin
@@ -87,7 +89,7 @@ def test_a_sweep_from_one_encode_has_the_prefix_property() -> None:
     tokens = vtprune.encode(model, tiny.prompt(model, 1))
     for method in ("random", "norm", "divprune", "idpruner"):
         orders = [vtprune.select(tokens, method, keep=k).order for k in (2, 5, 9, 16)]
-        for shorter, longer in zip(orders, orders[1:], strict=False):
+        for shorter, longer in itertools.pairwise(orders):
             assert shorter is not None and longer is not None
             assert torch.equal(shorter, longer[: len(shorter)]), method
 

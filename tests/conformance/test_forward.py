@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+
 import vtprune
 
 from .helpers import (
     ATTENTIONS,
-    FLASH,
     FP32,
     FP64,
     KEEP,
@@ -125,9 +125,9 @@ def test_kept_rows_reach_the_language_model_unchanged_and_in_order(family: str) 
     samples = tiny.mixed(model)
     batch = tiny.collate(samples, "right")
     seen: list[dict] = []
-    with vtprune.apply(model, "random", keep=KEEP), spy("random") as records:
-        with later_hook(model.model.language_model, seen.append):
-            model(**batch)
+    lm = model.model.language_model
+    with vtprune.apply(model, "random", keep=KEEP), spy("random") as records, later_hook(lm, seen.append):
+        model(**batch)
     embeds, masks = ref.embeddings(batch), slot_masks(model, batch, records)[None]
     valid = batch["attention_mask"].bool()
     packed, mask = seen[0]["inputs_embeds"], seen[0]["attention_mask"].bool()

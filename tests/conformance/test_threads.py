@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+
 import vtprune
 
 from .helpers import KEEP, cache_lengths, generate, hooks, same, twin

@@ -9,9 +9,10 @@ import peft
 import pytest
 import tiny
 import torch
-import vtprune
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+import vtprune
 from vtprune.errors import InputError, UnsupportedModelError, VTPruneError
 
 from .helpers import ATTENTIONS, KEEP, assert_close, kept_of, placeholder_mask, same, spy

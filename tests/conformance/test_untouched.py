@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+
 import vtprune
 from vtprune import engine
 from vtprune.errors import VTPruneError, VTPruneWarning

@@ -10,16 +10,19 @@ from conformance.flash_contract import varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
 from vtprune.engine.layers import layer_mask
 from vtprune.engine.prefill import gather, pack, unpack
 
-masks = st.integers(1, 4).flatmap(
-    lambda b: st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=b, max_size=b))
-)  # fmt: skip
+
+@st.composite
+def masks(draw: st.DrawFn) -> list[list[bool]]:
+    length = draw(st.integers(1, 9))
+    return draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=4))
 
 
 @settings(max_examples=200)
-@given(masks)
+@given(masks())
 def test_packing_moves_kept_rows_to_the_right_in_order_and_back(rows: list[list[bool]]) -> None:
     keep = torch.tensor(rows)
     counts = keep.sum(1).tolist()

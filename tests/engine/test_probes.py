@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import vtprune
-from conformance.helpers import FP32, assert_close, first_call, hooks, spy, twin
+from conformance.helpers import FP32, assert_close, first_call, hooks, most_images_for_beams, spy, twin
 from conformance.test_anyres import by_hand
 from conformance.test_controls import window_order
 from torch import Tensor, nn
+
+import vtprune
 from vtprune import registry
 from vtprune.errors import UnsupportedModelError
 from vtprune.registry import Pruner
@@ -136,7 +137,7 @@ def test_captured_rows_in_window_order_would_be_noticed() -> None:
 def test_every_beam_gets_the_probes_of_its_own_pictures(family: str) -> None:
     """generate() repeats what was encoded once; the rows must be repeated with it."""
     model = tiny.build(family)
-    samples = [tiny.prompt(model, 1, 1), tiny.prompt(model, 2, 2)]
+    samples = [tiny.prompt(model, 1, 1), tiny.prompt(model, most_images_for_beams(family), 2)]
     batch = tiny.collate(samples)
     with vtprune.apply(model, "idpruner", importance="cls", keep=0.4), spy("idpruner") as records:
         model.generate(**batch, max_new_tokens=2, num_beams=3, do_sample=False)
@@ -146,14 +147,16 @@ def test_every_beam_gets_the_probes_of_its_own_pictures(family: str) -> None:
 
 
 @torch.no_grad()
-def test_importance_cls_uses_the_cls_row_and_says_so() -> None:
+def test_importance_from_cls_uses_a_cls_probe_and_says_so() -> None:
     model = tiny.build("llava")
     sample = tiny.prompt(model, 1)
-    for importance, name in (("cls", "cls"), ("auto", "cls"), ("norm", "norm")):
+    for importance in ("cls", "cls_logits", "auto", "norm"):
         with vtprune.apply(model, "idpruner", importance=importance, keep=5) as handle, spy("idpruner") as records:
             model(**sample)
-            assert handle.report().info["importance"] == name
-        assert (CLS_ROW in first_call(records)[None].tokens.probes) == (name == "cls")
+            said = handle.report().info["importance"]
+        assert said == importance or (importance == "auto" and said.startswith("cls"))
+        probes = {probe.name for probe in first_call(records)[None].tokens.probes}
+        assert probes == (set() if importance == "norm" else {"cls_row"})
     for family in tiny.QWEN:
         model = tiny.build(family)
         with vtprune.apply(model, "idpruner", importance="auto", keep=5) as handle:
@@ -184,9 +187,9 @@ def test_a_probe_that_the_family_lacks_is_refused_if_needed_and_absent_if_wanted
         with pytest.raises(UnsupportedModelError, match="cls_row"):
             vtprune.apply(model, "test-nosy", needed=[CLS_ROW])
         assert hooks(model) == clean
-        with vtprune.apply(model, "test-nosy", keep=3, wanted=[CLS_ROW, PRE_PROJECTOR]), spy("test-nosy") as records:
-            with torch.no_grad():
-                model(**tiny.prompt(model, 1))
+        vtprune.apply(model, "test-nosy", keep=3, wanted=[CLS_ROW, PRE_PROJECTOR])
+        with spy("test-nosy") as records, torch.no_grad():
+            model(**tiny.prompt(model, 1))
         assert set(first_call(records)[None].tokens.probes) == {PRE_PROJECTOR}
     model = tiny.build("llava")
     for probe in (Probe("no_such_thing"), Probe("cls_row", 17)):
@@ -199,8 +202,8 @@ def test_a_probe_that_the_family_lacks_is_refused_if_needed_and_absent_if_wanted
 def test_probes_do_not_hold_on_to_a_graph(family: str) -> None:
     model = tiny.build(family)
     sample: dict[str, Any] = tiny.prompt(model, 1)
-    with torch.enable_grad(), vtprune.apply(model, "test-nosy", keep=3, wanted=[CLS_ROW, PRE_PROJECTOR]):
-        with spy("test-nosy") as records:
-            model(**sample)
+    vtprune.apply(model, "test-nosy", keep=3, wanted=[CLS_ROW, PRE_PROJECTOR])
+    with torch.enable_grad(), spy("test-nosy") as records:
+        model(**sample)
     tokens = first_call(records)[None].tokens
     assert not tokens.features.requires_grad and not any(p.requires_grad for p in tokens.probes.values())

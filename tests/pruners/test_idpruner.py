@@ -14,7 +14,7 @@ from vtprune.budget import Budget
 from vtprune.errors import ConfigError
 from vtprune.pruners import importance
 from vtprune.registry import build
-from vtprune.tokens import CLS_ROW, Selection
+from vtprune.tokens import CLS_LOGITS, CLS_ROW, Selection
 
 T1 = torch.tensor([(1, 0), (0.8, 0.6), (0, 1), (0.6, 0.8)])
 T1_IMPORTANCE = torch.tensor([1, 0.9, 0.5, 0])
@@ -54,10 +54,13 @@ def test_importance_is_normalised_in_each_pool() -> None:
 
 def test_cls_is_used_where_there_is_one() -> None:
     tokens = make_tokens([[[(5, 5)]]], cls_row=True)
+    tokens = tokens.with_probes({CLS_LOGITS: torch.randn(25)})
     auto = build("idpruner", {}).select(tokens, Budget(6))
+    logits = build("idpruner", {"importance": "cls_logits"}).select(tokens, Budget(6))
     cls = build("idpruner", {"importance": "cls"}).select(tokens, Budget(6))
-    assert auto.info == cls.info == {"importance": "cls"} and order(auto) == order(cls)
-    assert order(auto)[0] == int(tokens.probes[CLS_ROW].argmax())
+    assert auto.info == logits.info == {"importance": "cls_logits"} and order(auto) == order(logits)
+    assert order(auto)[0] == int(tokens.probes[CLS_LOGITS].argmax())
+    assert cls.info == {"importance": "cls"} and order(cls)[0] == int(tokens.probes[CLS_ROW].argmax())
 
 
 def test_without_cls_auto_falls_back_and_cls_is_an_error() -> None:
@@ -78,7 +81,13 @@ def test_norm_importance() -> None:
 
 
 @pytest.mark.parametrize(
-    "source,needs,wants", [("cls", {CLS_ROW}, set()), ("auto", set(), {CLS_ROW}), ("norm", set(), set())]
+    "source,needs,wants",
+    [
+        ("cls", {CLS_ROW}, set()),
+        ("cls_logits", {CLS_LOGITS}, set()),
+        ("auto", set(), {CLS_LOGITS}),
+        ("norm", set(), set()),
+    ],
 )
 def test_which_probes_are_asked_for(source: str, needs: set[Any], wants: set[Any]) -> None:
     pruner = build("idpruner", {"importance": source})

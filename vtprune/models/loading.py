@@ -58,9 +58,9 @@ def load(
     path = EMBEDDED / str(name) if str(name) in embedded_models() else name
     local = Path(path).exists()
     if local and not (Path(path) / "config.json").is_file():
-        raise ConfigError(
-            f"{name} has no config.json, so it is no checkpoint; give a folder that save_pretrained wrote"
-        )
+        raise ConfigError(f"{name} has no config.json, so it is no checkpoint; give a folder of save_pretrained")
+    if not local and (str(name).startswith((".", "~", "/")) or str(name).count("/") > 1):
+        raise ConfigError(f"there is no folder {name}; give a checkpoint folder, a hub name, or 'pocket-llava'")
     try:
         config = AutoConfig.from_pretrained(path)
         if not hasattr(config, "vision_config"):

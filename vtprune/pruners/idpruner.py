@@ -25,7 +25,8 @@ class IDPruner(Pruner):
     Paper: arXiv:2602.13315. Deviations:
 
     - The paper takes importance from a trained scorer. Here it is training-free: what the vision encoder's CLS token
-      attends to, or, without one, how unlike the mean of its image a token is.
+      attends to, or, without one, how unlike the mean of its image a token is. CLS attention is taken before the
+      softmax, because the min-max below would let its few largest values squeeze all others together.
     - The paper normalises importance and selects over all visual tokens of the prompt. Here both happen in each pool of
       the budget: per image by default (per view and frame with ``allocation="equal"``), over the prompt with
       ``scope="joint"``.
@@ -36,7 +37,8 @@ class IDPruner(Pruner):
     Parameters
     ----------
     importance
-        ``"cls"``, ``"norm"``, or ``"auto"``: CLS where the encoder has it, else minus the cosine to the image's mean.
+        ``"cls_logits"`` and ``"cls"`` (CLS attention before and after the softmax), ``"norm"`` (L2), or ``"auto"``:
+        ``"cls_logits"`` where the encoder has a CLS token, else minus the cosine to the image's mean.
     mmr_lambda
         In [0, 1]; 1 is importance alone, 0 is diversity alone.
     parallel_k

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..tokens import CLS_ROW, Probe, VisualTokens
+from ..tokens import CLS_LOGITS, CLS_ROW, Probe, VisualTokens
 
 
 def _per_image(tokens: VisualTokens) -> Iterator[tuple[slice, Tensor]]:
@@ -29,10 +29,19 @@ def _empty(tokens: VisualTokens) -> Tensor:
 
 
 def cls(tokens: VisualTokens) -> tuple[Tensor, str]:
-    """Attention that the CLS token of the vision encoder pays to each token."""
-    if CLS_ROW not in tokens.probes:
-        raise ConfigError("importance='cls' needs a vision encoder with a CLS token, this one has none; use 'auto'")
-    return tokens.probes[CLS_ROW].detach().float(), "cls"
+    """Attention that the CLS token of the vision encoder pays to each token, after the softmax."""
+    return _probe(tokens, CLS_ROW, "cls")
+
+
+def cls_logits(tokens: VisualTokens) -> tuple[Tensor, str]:
+    """The same before the softmax: a few tokens that take most of the attention do not squeeze all others together."""
+    return _probe(tokens, CLS_LOGITS, "cls_logits")
+
+
+def _probe(tokens: VisualTokens, probe: Probe, name: str) -> tuple[Tensor, str]:
+    if probe not in tokens.probes:
+        raise ConfigError(f"importance={name!r} needs a vision encoder with a CLS token, this one has none; use 'auto'")
+    return tokens.probes[probe].detach().float(), name
 
 
 def norm(tokens: VisualTokens) -> tuple[Tensor, str]:
@@ -56,12 +65,17 @@ def minus_cosine_to_mean(tokens: VisualTokens) -> tuple[Tensor, str]:
 
 
 def auto(tokens: VisualTokens) -> tuple[Tensor, str]:
-    """`cls` where the encoder has a CLS token, else `minus_cosine_to_mean`."""
-    return cls(tokens) if CLS_ROW in tokens.probes else minus_cosine_to_mean(tokens)
+    """`cls_logits` where the encoder has a CLS token, else `minus_cosine_to_mean`."""
+    return cls_logits(tokens) if CLS_LOGITS in tokens.probes else minus_cosine_to_mean(tokens)
 
 
 #: Sources by the name under which a method's option knows them.
-SOURCES: dict[str, Callable[[VisualTokens], tuple[Tensor, str]]] = {"auto": auto, "cls": cls, "norm": norm}
+SOURCES: dict[str, Callable[[VisualTokens], tuple[Tensor, str]]] = {
+    "auto": auto,
+    "cls_logits": cls_logits,
+    "cls": cls,
+    "norm": norm,
+}
 #: Probes without which a source cannot work, and those that it uses where they exist.
-NEEDS: dict[str, frozenset[Probe]] = {"cls": frozenset({CLS_ROW})}
-WANTS: dict[str, frozenset[Probe]] = {"auto": frozenset({CLS_ROW})}
+NEEDS: dict[str, frozenset[Probe]] = {"cls": frozenset({CLS_ROW}), "cls_logits": frozenset({CLS_LOGITS})}
+WANTS: dict[str, frozenset[Probe]] = {"auto": frozenset({CLS_LOGITS})}

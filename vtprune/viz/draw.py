@@ -24,7 +24,7 @@ _FAINT = (80, 84, 89)
 # Kept and dropped differ in brightness, not in hue alone, so the picture reads for every kind of colour vision; the
 # light line has a dark casing on its inside, so that it stands out from bright patches too.
 _LINE = (255, 238, 170)
-_SWATCH, _DROPPED = (86, 180, 233), (70, 70, 70)
+_DROPPED = (70, 70, 70)
 _DIM = 0.45  # brightness left to a dropped patch, which keeps a quarter of its colour
 _GAP = 10
 
@@ -178,7 +178,7 @@ def _legend(report: ImageReport, method: str | None, width: int) -> Image.Image:
     x, y = _GAP, 5
     for (text, is_kept), length in zip(items, lengths, strict=True):
         box = (x, y + (line - swatch) // 2, x + swatch, y + (line - swatch) // 2 + swatch)
-        draw.rectangle(box, fill=_SWATCH if is_kept else _DROPPED, outline=_LINE if is_kept else _DROPPED, width=2)
+        draw.rectangle(box, fill=_LINE if is_kept else _DROPPED)
         draw.rectangle(box, outline=_INK)
         draw.text((x + swatch + space, y + line / 2), text, fill=_INK if is_kept else _FAINT, font=font, anchor="lm")
         x, y = (x + length + 24, y) if one_line else (x, y + line)
