@@ -181,8 +181,9 @@ def _release(engine: Engine) -> None:
 def using(model: nn.Module, method: str | PruneConfig | None = "idpruner", **settings: Any) -> Iterator[None]:
     """Prune with these settings only inside the ``with`` block and only in this thread or task.
 
-    The settings are captured when a prompt is run: decoding goes on with them even after the block. Two threads may
-    use different methods on one model. ``method=None`` switches pruning off inside the block.
+    The settings are captured when a prompt is run, and its cache goes on with them whatever applies later. Two threads
+    may use different methods on one model. ``method=None`` switches pruning off inside the block. If vtprune was not on
+    the model before, it is off again after the block, and a cache that was pruned in it then refuses to be used.
 
     Parameters
     ----------

@@ -33,8 +33,8 @@ class PruneConfig:
     scope, allocation
         See `Budget`.
     restore
-        True: hidden states, and so logits, come back at the length of the input (zeros where a token was dropped), so
-        that labels fit. False: they come back at the pruned length, left-padded.
+        True: hidden states, and so logits, come back at the length of the input, so that labels fit; a dropped token's
+        slot carries the row of the last kept token before it. False: they come back at the pruned length, left-padded.
     options
         The method's own options.
 

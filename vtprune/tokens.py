@@ -172,6 +172,34 @@ class VisualTokens:
             seen[sample] = ranks[-1] + 1
         return tuple(ranks)
 
+    def sample_lens(self, batch: int) -> tuple[int, ...]:
+        """Tokens per sample of a batch; samples without images count 0."""
+        lens = [0] * batch
+        for sample, n in zip(self.image_sample, self.image_lens, strict=True):
+            lens[sample] += n
+        return tuple(lens)
+
+    def subset(self, index: Tensor, cu_seqlens: Tensor) -> VisualTokens:
+        """The tokens of a `Selection` as `VisualTokens` of their own, for a later stage. Syncs once, for `seqlens`.
+
+        Parameters
+        ----------
+        index, cu_seqlens
+            As in `Selection`.
+        """
+        rows = self.features.shape[0]
+        probes = (
+            {p: v.view(rows, -1, *v.shape[1:])[index].flatten(0, 1) for p, v in self.probes.items()} if rows else {}
+        )
+        return replace(
+            self,
+            features=self.features[index],
+            seqlens=tuple(torch.diff(cu_seqlens).tolist()),
+            source=self.source[index],
+            coords=self.coords[index],
+            probes=probes,
+        )
+
     def with_probes(self, probes: dict[Probe, Tensor]) -> VisualTokens:
         return replace(self, probes={**self.probes, **probes})
 

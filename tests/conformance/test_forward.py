@@ -256,3 +256,22 @@ def test_caller_s_tensors_are_not_changed(family: str) -> None:
         model(**batch)
         model.generate(**tiny.collate(tiny.mixed(model)), max_new_tokens=2)
     assert all(torch.equal(batch[k], copies[k]) for k in batch)
+
+
+@pytest.mark.parametrize("stages", [{None: 0.5}, {None: 0.5, 2: 0.2}], ids=["projector", "layers"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
+def test_hidden_states_and_attentions_of_all_layers_can_be_asked_for(family: str, stages: dict) -> None:
+    """They come at the lengths at which the layers ran; the last one is what the head reads, at full length."""
+    model = tiny.build(family, "eager")
+    sample = tiny.prompt(model, 2)
+    with vtprune.apply(model, "test-layers", keeps=stages), spy("test-layers") as records:
+        out = model(**sample, output_hidden_states=True, output_attentions=True)
+        plain = model(**sample)
+    assert torch.equal(out.logits, plain.logits)
+    kept = kept_of(model, sample, records)[0]
+    first = int(kept[None].sum())
+    last = int((kept[None] & kept.get(2, kept[None])).sum())
+    rows = [first] * 3 + [last] * 2
+    assert [a.shape[-2:] for a in out.attentions] == [(n, n) for n in rows]
+    assert len(out.hidden_states) == tiny.LAYERS + 1

@@ -265,6 +265,16 @@ def test_a_prompt_that_ends_with_its_picture(family: str) -> None:
     assert dropped or family == "llava_next"  # AnyRes pictures end with a newline, which stays
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_generation_without_restore(family: str, side: str) -> None:
+    """The last row is the same whether hidden states come back at full or at pruned length."""
+    model, ref = tiny.build(family), reference(family)
+    samples = tiny.mixed(model)
+    with vtprune.apply(model, "norm", keep=KEEP, restore=False):
+        assert generation_error(model, ref, samples, tiny.collate(samples, side), "norm", steps=3) <= LOOSE
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_stopping_at_different_lengths_in_a_batch(family: str) -> None:
     """Rows that have ended are fed padding; the others must not notice."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 
 import vtprune
 
@@ -23,8 +24,14 @@ JOBS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# transformers 5.0 replaces the forward of CLIP's layers during each call: stock LLaVA in two threads gives wrong logits
+# there without vtprune, in 30 of 100 calls when it was measured.
+_PATCHES_CLIP = transformers.__version__ >= "5" and hasattr(transformers.utils.generic, "check_model_inputs")
+THREAD_SAFE = tiny.QWEN if _PATCHES_CLIP else tiny.FAMILIES
+
+
 @pytest.mark.parametrize("applied", [False, True])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", THREAD_SAFE)
 def test_threads_with_different_methods_each_get_their_own(family: str, applied: bool) -> None:
     model = tiny.build(family)
     sample = tiny.prompt(model, 2)

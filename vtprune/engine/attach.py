@@ -77,6 +77,7 @@ class Engine:
         self.last_report: Callable[[], Report] | None = None
         self.handles: list[Any] = []
         self.first_hooked_layer = len(family.lm.layers)
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.reset_counters()
 
     def reset_counters(self) -> None:
@@ -112,6 +113,8 @@ class Engine:
         self.handles, self.first_hooked_layer = [], len(self.family.lm.layers)
         self.tap.detach()
         self.family.inner.__dict__.pop(_ATTRIBUTE, None)
+        for cache in self.caches:
+            pos.refuse(cache)
 
     def prepare(self, config: PruneConfig) -> Job:
         """Check that `config` can run on this model, and hook what only it needs.
@@ -338,6 +341,7 @@ class Engine:
             cache = next((v for v in values if hasattr(v, "get_seq_length")), None)
         if cache is not None:
             pos.commit(cache, call.state)
+            self.caches.add(cache)
         if not call.packs:
             return None
         self.fired = self.fired or bool(call.trace)

@@ -16,7 +16,7 @@ from ..errors import VTPruneError
 from ..models.base import Encoding
 from ..registry import Pruner
 from ..tokens import Probe, Selection, Stage, VisualTokens
-from .positions import CacheState
+from . import positions as pos
 from .prefill import Pack
 from .report import Trace
 
@@ -78,17 +78,11 @@ class Job:
                 f"{sum(pools.counts)}; a method that finds its own count must say adaptive = True"
             )
         # Pools nest in samples, and both follow the flat rows: where a pool starts tells its sample.
-        ends = np.cumsum(per_sample(tokens, batch))
+        ends = np.cumsum(tokens.sample_lens(batch))
         starts = np.concatenate([[0], np.cumsum(pools.lens)[:-1]]) if pools.lens else np.zeros(0)
         filled = np.asarray(pools.lens) > 0
         sample = np.searchsorted(ends, starts[filled], side="right")
         return selection, np.bincount(sample, np.asarray(pools.counts)[filled], batch).astype(np.int64)
-
-
-def per_sample(tokens: VisualTokens, batch: int) -> np.ndarray:
-    """Visual tokens per sample, ``[batch]`` int64."""
-    images = np.asarray(tokens.image_sample, np.int64)
-    return np.bincount(images, np.asarray(tokens.image_lens), batch).astype(np.int64)
 
 
 @dataclass
@@ -124,7 +118,7 @@ class Call:
     labels: Tensor | None = None
     cache: Any = None
     past: int = 0
-    state: CacheState | None = None
+    state: pos.CacheState | None = None
     rotary: Tensor | None = None
     tokens: VisualTokens | None = None
     slots: Tensor | None = None
@@ -139,8 +133,6 @@ class Call:
 
         Attention code takes gaps in positions, where no mask is given, for borders between packed sequences.
         """
-        from . import positions as pos
-
         assert self.state is not None
         batch, queries, _ = embeds.shape
         kw["inputs_embeds"] = embeds

@@ -85,9 +85,6 @@ def enter_layer(call: Call, layer: int, hidden: Tensor, kw: dict[str, Any], impl
 
 def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[str, Any]) -> Tensor:
     """Drop visual rows of ``hidden [B, P, D]``; returns ``[B, P', D]``."""
-    from .call import per_sample
-    from .probes import survivors
-
     job, state, tokens, slots = call.job, call.state, call.tokens, call.slots
     assert job is not None and state is not None and tokens is not None and slots is not None
     batch, width, dim = hidden.shape
@@ -102,14 +99,14 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     keep.view(-1)[slots] = False
     slots = slots[selection.index]
     keep.view(-1)[slots] = True
-    counts = np.asarray(call.counts[-1]) - per_sample(tokens, batch) + kept
+    counts = np.asarray(call.counts[-1]) - tokens.sample_lens(batch) + kept
     plan = pack(keep, counts.tolist())
     if selection.features is not None:
         merged = selection.features.to(hidden.dtype)
         hidden = hidden.reshape(-1, dim).index_copy(0, slots, merged).view(batch, width, dim)
     call.packs.append(plan)
     call.counts.append(counts.tolist())
-    call.tokens = survivors(tokens, selection.index, selection.cu_seqlens)
+    call.tokens = tokens.subset(selection.index, selection.cu_seqlens)
     call.slots = (slots // width) * plan.index.shape[1] + plan.slot_of.reshape(-1)[slots]
 
     above = [first for first in state.masks if first >= layer]

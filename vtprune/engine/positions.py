@@ -78,12 +78,28 @@ def state_of(cache: Any) -> CacheState | None:
     state = getattr(cache, _ATTRIBUTE, None)
     if state is None:
         return None
+    cache.__dict__.pop("update", None)  # see `refuse`
     length = int(cache.get_seq_length())
     return state.rewound(length) if length else None
 
 
 def commit(cache: Any, state: CacheState) -> None:
     setattr(cache, _ATTRIBUTE, state)
+
+
+def refuse(cache: Any) -> None:
+    """Let a pruned cache raise when a model without vtprune goes on with it: its positions would be silently wrong.
+
+    Putting vtprune on the model again makes the cache usable again.
+    """
+
+    def update(*_: Any, **__: Any) -> Any:
+        raise InputError(
+            "this cache was pruned by vtprune, which is no longer on the model; apply it again (stay inside the 'with' "
+            "block while decoding), or start with a new cache"
+        )
+
+    cache.update = update
 
 
 def advance(next_position: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,12 +120,9 @@ def prune_prompt(
     keep, counts = valid.clone(), rows
     stage = None if job is None else job.projector_stage
     if job is not None and stage is not None:
-        from .call import per_sample
-        from .probes import survivors
-
         selection, kept = job.select(tokens, stage, batch)
         call.trace.append(Trace(stage, selection.index, selection.order, selection.info))
-        counts = counts - per_sample(tokens, batch) + kept
+        counts = counts - tokens.sample_lens(batch) + kept
         keep.view(-1)[position] = False
         position = position[selection.index]
         keep.view(-1)[position] = True
@@ -133,7 +130,7 @@ def prune_prompt(
             merged = selection.features.to(embeds.dtype)
             embeds = embeds.reshape(-1, width).index_copy(0, position, merged).view(batch, length, width)
         if job.layer_stages:
-            tokens = survivors(tokens, selection.index, selection.cu_seqlens)
+            tokens = tokens.subset(selection.index, selection.cu_seqlens)
     plan = pack(keep, counts.tolist())
     packed_positions, next_position = gather(positions, plan.index, positions.ndim - 1), next_original
     if job is not None and job.config.positions == "compact":

@@ -191,19 +191,3 @@ def with_question(
     rows = torch.from_numpy(np.flatnonzero(text)).to(embeds.device)
     lens = tuple(int(n) for n in text.sum(1))
     return replace(tokens, text=embeds.reshape(-1, embeds.shape[-1])[rows].detach(), text_lens=lens)
-
-
-def survivors(tokens: VisualTokens, index: Tensor, cu_seqlens: Tensor) -> VisualTokens:
-    """The kept tokens as `VisualTokens` of their own, for the next stage. Syncs once, for the segment lengths."""
-    rows = len(tokens.source)
-    return replace(
-        tokens,
-        features=tokens.features[index],
-        seqlens=tuple(torch.diff(cu_seqlens).tolist()),
-        source=tokens.source[index],
-        coords=tokens.coords[index],
-        probes={
-            p: v.view(rows, -1, *v.shape[1:])[index].flatten(0, 1) if len(v) != rows else v[index]
-            for p, v in tokens.probes.items()
-        },
-    )
