@@ -293,16 +293,24 @@ def test_a_picture_after_a_text_only_turn_is_right(family: str) -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.no_grad()
-def test_decoding_goes_on_after_remove_or_is_refused_but_never_wrong(family: str) -> None:
-    """A cache outlives the pruner that made it: without hooks the stock model would count positions wrongly."""
+def test_a_cache_outlives_the_pruner_that_made_it(family: str) -> None:
+    """Replaced while decoding, it goes on as it began. Removed, it is refused: unhooked, positions would be wrong."""
     model, ref = tiny.build(family), reference(family)
     sample = tiny.prompt(model, 2)
     with vtprune.apply(model, "norm", keep=KEEP), spy("norm") as records:
         cache = model(**sample, use_cache=True).past_key_values
-        vtprune.apply(model, "random", keep=0.9)  # replaced while decoding: the cache keeps what it was made with
+        vtprune.apply(model, "random", keep=0.9)
         logits = model(input_ids=torch.tensor([[9]]), past_key_values=cache).logits[0, -1]
         vtprune.apply(model, "norm", keep=1.0)
         more = model(input_ids=torch.tensor([[11]]), past_key_values=cache).logits[0, -1]
+    vtprune.remove(model)
+    for call in ({}, {"attention_mask": grown_mask(sample, 3)}):
+        with pytest.raises(InputError):
+            model(input_ids=torch.tensor([[13]]), past_key_values=cache, **call)
+    vtprune.apply(model, "random", keep=0.5)
+    last = model(input_ids=torch.tensor([[13]]), past_key_values=cache).logits[0, -1]
+    kept = kept_of(model, sample, records)[0]
+    assert_close(last, ref.run(ref.prompt(sample), kept, [9, 11, 13]).logits[-1], LOOSE)
     run = ref.run(ref.prompt(sample), kept_of(model, sample, records)[0], [9, 11])
     assert_close(logits, run.logits[-2], LOOSE)
     assert_close(more, run.logits[-1], LOOSE)

@@ -14,7 +14,7 @@ import transformers
 
 import vtprune
 
-from .helpers import KEEP, cache_lengths, generate, hooks, same, twin
+from .helpers import COUNTS_THE_CACHE, KEEP, cache_lengths, generate, hooks, same, twin
 
 JOBS: list[tuple[str, dict[str, Any]]] = [
     ("norm", {"keep": 0.25}),
@@ -26,7 +26,7 @@ JOBS: list[tuple[str, dict[str, Any]]] = [
 
 # transformers 5.0 replaces the forward of CLIP's layers during each call: stock LLaVA in two threads gives wrong logits
 # there without vtprune, in 30 of 100 calls when it was measured.
-_PATCHES_CLIP = transformers.__version__ >= "5" and hasattr(transformers.utils.generic, "check_model_inputs")
+_PATCHES_CLIP = COUNTS_THE_CACHE and transformers.__version__ >= "5"  # both: 5.0 and the next few
 THREAD_SAFE = tiny.QWEN if _PATCHES_CLIP else tiny.FAMILIES
 
 

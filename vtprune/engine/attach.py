@@ -195,6 +195,8 @@ class Engine:
         state = pos.state_of(cache)
         encoded = {m: out for m, out in (kw.get("mm_encoder_outputs") or {}).items() if out is not None}
         visual = bool(encoded) or any(kw.get(k) is not None for k in PIXEL_KEYS)
+        if visual:
+            self.silence = "no forward with pictures got as far as the language model"
         if not visual and (cache is None or cache.get_seq_length() == 0):
             self.silence = (
                 "the inputs were embeddings without pixels, so no row is known to be visual"

@@ -46,20 +46,24 @@ class EncoderTap:
         self.family = family
         self.wanted = wanted
         self.local = _Local()
-        self.wrapped: list[str] = []
+        self.wrapped: dict[str, tuple[Any, Any]] = {}  # our wrapper, and what the instance had before (None: nothing)
         self.hooks: dict[Probe, list[Any]] = {}
 
     def attach(self) -> None:
+        inner = self.family.inner
         for name in self.family.feature_methods:
-            setattr(self.family.inner, name, self._wrap(name))
-            self.wrapped.append(name)
+            self.wrapped[name] = (self._wrap(name), inner.__dict__.get(name))
+            setattr(inner, name, self.wrapped[name][0])
 
     def detach(self) -> None:
         for hook in (h for hooks in self.hooks.values() for h in hooks):
             hook.remove()
-        for name in self.wrapped:
-            self.family.inner.__dict__.pop(name, None)
-        self.wrapped, self.hooks = [], {}
+        own = self.family.inner.__dict__
+        for name, (wrapper, before) in self.wrapped.items():
+            if own.get(name) is wrapper:
+                del own[name]
+                own.update({} if before is None else {name: before})
+        self.wrapped, self.hooks = {}, {}
 
     def hook(self, probes: Collection[Probe]) -> None:
         """Make sure that these probes can be captured."""
