@@ -273,5 +273,11 @@ def test_the_picture_is_turned_as_its_camera_says(tmp_path: Path) -> None:
 def test_timing_counts_milliseconds() -> None:
     import time
 
-    result, milliseconds = cli._timed(lambda: time.sleep(0.02) or 7, torch.device("cpu"))
-    assert result == 7 and 20 <= milliseconds < 2000
+    clock = cli._Clock(torch.device("cpu"))
+    clock.put(None)  # the prompt
+    time.sleep(0.02)
+    clock.put(None)  # the first new token
+    time.sleep(0.02)
+    clock.put(None)
+    assert 20 <= clock.first_token_ms < clock.elapsed_ms() < 2000
+    assert clock.elapsed_ms() >= 40

@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import PruneConfig
 from .engine.attach import LOCK, Engine, engine_of, overriding
-from .engine.call import Encoded
+from .engine.call import Encoded, Job
 from .engine.report import Report
 from .errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 from .models import find_family
@@ -115,19 +115,25 @@ def apply(
         engine = engine_of(family)
         fresh = engine is None
         engine = engine or Engine(family)
-        try:
-            job = engine.prepare(config)
-        except BaseException:
-            if fresh:
-                engine.detach()
-            raise
+        job = _prepare(engine, config)
         if fresh:
             engine.attach()
+        engine.meet(family)
         if engine.job is None:
             engine.users += 1
         engine.job = job
         engine.reset_counters()
     return Handle(engine, config)
+
+
+def _prepare(engine: Engine, config: PruneConfig) -> Job:
+    """Prepare a job; if that fails on a model without vtprune, leave nothing hooked."""
+    try:
+        return engine.prepare(config)
+    except BaseException:
+        if not engine.users:
+            engine.detach()
+        raise
 
 
 def make_config(method: str | PruneConfig, **settings: Any) -> PruneConfig:
@@ -142,7 +148,7 @@ def make_config(method: str | PruneConfig, **settings: Any) -> PruneConfig:
             )
         return method
     fields = {f.name for f in dataclasses.fields(PruneConfig)} - {"method", "options"}
-    known = {k: v for k, v in settings.items() if k in fields and v is not None}
+    known = {k: v for k, v in settings.items() if k in fields and not (v is None and k in ("keep", "restore"))}
     options = {k: v for k, v in settings.items() if k not in fields}
     if options.get("importance") is None:
         options.pop("importance", None)
@@ -194,9 +200,10 @@ def using(model: nn.Module, method: str | PruneConfig | None = "idpruner", **set
     family = find_family(model)
     with LOCK:
         engine = engine_of(family) or Engine(family)
-        job = None if config is None else engine.prepare(config)
+        job = None if config is None else _prepare(engine, config)
         if engine_of(family) is None:
             engine.attach()
+        engine.meet(family)
         engine.users += 1
     try:
         with overriding(engine, job):
@@ -245,6 +252,10 @@ def encode(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
         Features and every probe that the encoder offers, for `select`: sweeps and sliders need no further forward.
     """
     family = find_family(model)
+    if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+        raise InputError(
+            "the inputs have neither input_ids nor inputs_embeds; pass what the model's processor returned"
+        )
     probes: frozenset[Probe] = frozenset(p for p in (CLS_ROW, CLS_LOGITS, PRE_PROJECTOR) if family.has_probe(p))
     with using(model, None):
         engine = engine_of(family)

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
     from .config import PruneConfig
 
-T = TypeVar("T")
-
 DTYPES = ("float32", "bfloat16", "float16")
-#: Prefill is repeated until this much time is spent, at least once and at most REPEATS times; the median is shown.
+#: generate() is repeated until this much time is spent, at least once and at most REPEATS times; medians are shown.
 REPEAT_SECONDS, REPEATS = 2.0, 9
 
 app = typer.Typer(
@@ -58,7 +56,7 @@ class Measured:
     prefill_ms
         Median time until the first token: vision tower, scoring, packing and the prefill of the language model.
     total_ms
-        Time until the last token, measured once.
+        Median time until the last token, of the same runs.
     prefill_flops
         Operations of the language model's prefill, counted from its shapes.
     """
@@ -311,29 +309,42 @@ def build_inputs(model: Any, processor: Any, picture: Image.Image, question: str
 
 
 def _measure(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> dict[str, Any]:
-    """The fields of `Measured` that need a clock: answer, prefill_ms, total_ms."""
-    greedy = {"do_sample": False, "num_beams": 1}
-
-    def prefill() -> Any:
-        return model.generate(**inputs, **greedy, max_new_tokens=1)
-
-    prefill()  # the first call allocates and picks kernels
-    times: list[float] = []
-    while not times or (len(times) < REPEATS and sum(times) < 1000 * REPEAT_SECONDS):
-        times.append(_timed(prefill, model.device)[1])
-    output, total_ms = _timed(lambda: model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens), model.device)
-    new_tokens = output[:, inputs["input_ids"].shape[1] :]
-    answer = processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
-    return {"answer": answer, "prefill_ms": statistics.median(times), "total_ms": total_ms}
+    """The fields of `Measured` that need a clock: answer, prefill_ms, total_ms, both from the same generate()."""
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+    model.generate(**inputs, **greedy)  # the first call allocates and picks kernels
+    first: list[float] = []
+    total: list[float] = []
+    while not total or (len(total) < REPEATS and sum(total) < 1000 * REPEAT_SECONDS):
+        clock = _Clock(model.device)
+        output = model.generate(**inputs, **greedy, streamer=clock)
+        total.append(clock.elapsed_ms())
+        first.append(clock.first_token_ms)
+    answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+    return {"answer": answer, "prefill_ms": statistics.median(first), "total_ms": statistics.median(total)}
 
 
-def _timed(call: Callable[[], T], device: Any) -> tuple[T, float]:
-    """The result of `call` and how long it took in milliseconds, with the device idle before and after."""
-    import torch
+class _Clock:
+    """A streamer for generate() that notes when the first new token is there. Starts when it is made."""
 
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    result = call()
-    wait()
-    return result, 1000 * (time.perf_counter() - start)
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.first_token_ms = 0.0
+        self.calls = 0
+        self.elapsed_ms()
+        self.start = time.perf_counter()
+
+    def put(self, _tokens: Any) -> None:
+        self.calls += 1
+        if self.calls == 2:  # the first call brings the prompt
+            self.first_token_ms = self.elapsed_ms()
+
+    def end(self) -> None:
+        pass
+
+    def elapsed_ms(self) -> float:
+        """Milliseconds since the start, with the device idle."""
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - getattr(self, "start", time.perf_counter()))

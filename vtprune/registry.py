@@ -65,8 +65,13 @@ class Pruner:
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         """Choose the tokens that stay: the top-k of `score` in each pool, ties to the lowest index."""
-        pools = budget.pools(tokens)
-        return Selection.from_order(reference.topk(self.score(tokens), pools.lens, pools.counts), tokens)
+        pools, scores = budget.pools(tokens), self.score(tokens)
+        if scores.shape != tokens.source.shape:
+            raise ConfigError(
+                f"{type(self).__name__}.score returned shape {tuple(scores.shape)}; expected one number per token, "
+                f"{tuple(tokens.source.shape)}"
+            )
+        return Selection.from_order(reference.topk(scores, pools.lens, pools.counts), tokens)
 
 
 P = TypeVar("P", bound=type[Pruner])

@@ -37,6 +37,7 @@ MIXTURES = {
     "video, image": [3, Video(2, 4, 8), 2, Image(8, 4), 6],
     "image, video": [3, Image(8, 4), 2, Video(3, 4, 4), 6],
     "image, video, image, video": [2, Image(4, 4), 1, Video(2, 4, 4), 1, Image(4, 8), 1, Video(2, 8, 4), 4],
+    "a clip longer than its text": [3, Video(6, 4, 4), 5],
     "side by side": [1, Video(2, 4, 4), Image(4, 4), Image(4, 8), Video(2, 4, 4), 2],
 }
 

@@ -74,14 +74,16 @@ class Engine:
         self.job: Job | None = None
         self.users = 0
         self.local = _Local()
-        self.last_report: Callable[[], Report] | None = None
         self.handles: list[Any] = []
         self.first_hooked_layer = len(family.lm.layers)
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.reset_counters()
 
+    last_report: Callable[[], Report] | None
+
     def reset_counters(self) -> None:
         """Forget what has fired; `silence` says why nothing has."""
+        self.local.report = self.last_report = None
         self.fired = False
         self.silence = "no forward was run"
 
@@ -100,12 +102,22 @@ class Engine:
             inner.register_forward_hook(self._leave, always_call=True),
             lm.register_forward_pre_hook(self._enter_text_model, with_kwargs=True),
             lm.register_forward_hook(self._leave_text_model),
+            lm.register_forward_hook(self._leave_direct_call, always_call=True),
             lm.rotary_emb.register_forward_pre_hook(self._rotary, with_kwargs=True),
         ]
         if outer is not inner:
-            self.handles.append(outer.register_forward_pre_hook(self._copy_labels, with_kwargs=True))
+            self._hook_outer(outer)
         self.tap.attach()
         setattr(inner, _ATTRIBUTE, self)
+
+    def _hook_outer(self, outer: Any) -> None:
+        self.handles.append(outer.register_forward_pre_hook(self._copy_labels, with_kwargs=True))
+
+    def meet(self, family: Family) -> None:
+        """If vtprune was put on the inner model, and now the model with its head comes, see to its labels too."""
+        if self.family.model is self.family.inner and family.model is not family.inner:
+            self.family.model = family.model
+            self._hook_outer(family.model)
 
     def detach(self) -> None:
         for handle in self.handles:
@@ -221,17 +233,25 @@ class Engine:
         self.local.call = None
         self.tap.collect_into(None)
 
+    def _leave_direct_call(self, *_: Any) -> None:
+        if self.local.call is not None and self.local.call.direct:
+            self.local.call = None
+
     # -- the text model -----------------------------------------------------------------------------------------------
 
     def _enter_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call, cache, embeds = self.local.call, kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         state = pos.state_of(cache)
+        kw = dict(kwargs)
         if call is None and state is not None:
-            call = self.local.call = Call(None)  # the text model was called by itself on a pruned cache
+            call = self.local.call = Call(None, direct=True)
+            if embeds is None:
+                ids = kw.pop("input_ids") if "input_ids" in kw else args[0]
+                embeds = kw["inputs_embeds"] = self.family.lm.get_input_embeddings()(ids)
+                args = ()
         if call is None or embeds is None or not (call.masks or state is not None):
             return None
         call.cache, call.past = cache, int(cache.get_seq_length()) if cache is not None else 0
-        kw = dict(kwargs)
         valid = new_rows(kw.get("attention_mask"), state, call.past, embeds)
         if call.masks:
             return (args, kw) if self._prune(call, kw, state, valid) else None
@@ -269,7 +289,8 @@ class Engine:
                 "pruning inside the language model does not work with gradient checkpointing, which runs layers "
                 "again; switch it off or use a method that prunes at the projector"
             )
-        prune_prompt(self.family, call, kw, state, new, rows, position)
+        after_last = [int(row[last + 1 :].sum()) for row, last in zip(host_new, layout.last, strict=True) if last >= 0]
+        prune_prompt(self.family, call, kw, state, new, rows, position, min(after_last, default=0))
         self._hook_stages(call)
         return True
 
@@ -342,8 +363,7 @@ class Engine:
             values = out if isinstance(out, tuple) else (getattr(out, "past_key_values", None),)
             cache = next((v for v in values if hasattr(v, "get_seq_length")), None)
         if cache is not None:
-            pos.commit(cache, call.state)
-            self.caches.add(cache)
+            pos.commit(cache, call.state, self.caches)
         if not call.packs:
             return None
         self.fired = self.fired or bool(call.trace)
@@ -393,7 +413,8 @@ def ignore_dropped(labels: Tensor, slot_of: Tensor, restore: bool) -> None:
     if not restore:
         raise InputError("labels need restore=True, which brings logits back to the length of the labels")
     # A slot was kept if its packed slot is not its predecessor's.
-    kept = torch.diff(slot_of, dim=1, prepend=torch.full_like(slot_of[:, :1], -1)) != 0
+    before = torch.nn.functional.pad(slot_of[:, :-1], (1, 0), value=-1)
+    kept = (slot_of != before) & (before >= 0)  # the first kept row has no predecessor that could predict it
     labels.masked_fill_(~kept.to(labels.device), -100)
 
 

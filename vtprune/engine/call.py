@@ -28,7 +28,7 @@ class Encoded(Exception):
         self.tokens = tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """A configuration made ready for one model."""
 
@@ -37,6 +37,7 @@ class Job:
     budget: Budget
     stages: tuple[Stage, ...]
     probes: frozenset[Probe]
+    trusted: bool = False  # its first selection was checked pool by pool
 
     def budget_at(self, stage: Stage) -> Budget:
         return self.budget if stage.keep is None else replace(self.budget, keep=stage.keep)
@@ -77,6 +78,15 @@ class Job:
                 f"method {self.config.method!r} kept {len(selection)} tokens where its budget was "
                 f"{sum(pools.counts)}; a method that finds its own count must say adaptive = True"
             )
+        if not self.trusted:  # costs a sync, so once
+            borders = torch.tensor(np.cumsum(pools.lens), device=selection.index.device)
+            found = torch.bincount(torch.bucketize(selection.index, borders, right=True), minlength=len(pools.lens))
+            if tuple(found.tolist()) != pools.counts or bool((torch.diff(selection.index) <= 0).any()):
+                raise VTPruneError(
+                    f"method {self.config.method!r} kept {found.tolist()} tokens per pool where its budget was "
+                    f"{list(pools.counts)}, or named them twice or out of order; see Selection and Budget.pools"
+                )
+            self.trusted = True
         # Pools nest in samples, and both follow the flat rows: where a pool starts tells its sample.
         ends = np.cumsum(tokens.sample_lens(batch))
         starts = np.concatenate([[0], np.cumsum(pools.lens)[:-1]]) if pools.lens else np.zeros(0)
@@ -106,6 +116,8 @@ class Call:
     trace, packs, counts
         Per stage: what it kept, how its rows were packed, rows per sample after it. `packs` and `counts` start with
         the packing of the prompt, whether or not a stage pruned it.
+    direct
+        The text model was called by itself.
     layer_inputs, layer_masks
         What layers above a stage get in place of what the text model passes.
     """
@@ -125,6 +137,7 @@ class Call:
     trace: list[Trace] = field(default_factory=list)
     packs: list[Pack] = field(default_factory=list)
     counts: list[list[int]] = field(default_factory=list)
+    direct: bool = False
     layer_inputs: dict[str, Any] = field(default_factory=dict)
     layer_masks: dict[int, Tensor | None] = field(default_factory=dict)
 

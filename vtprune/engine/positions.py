@@ -7,6 +7,7 @@ comes next is kept here, on the cache object, so that beams, several generations
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,14 @@ from torch import Tensor
 from ..errors import InputError
 
 _ATTRIBUTE = "_vtprune_state"
+
+
+@dataclass(frozen=True)
+class Home:
+    """Which cache a state belongs to, and where the engine remembers its caches."""
+
+    cache: weakref.ref[Any]
+    caches: weakref.WeakSet[Any]
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class CacheState:
         Whether that mask is all True, as a host value.
     length
         Cache length (layer 0) when this state was made.
+    floor
+        Shortest length to which the cache may be cropped: what lies below has dropped tokens in it.
     prompt_length
         Tokens that the caller has passed so far, dropped ones and padding included.
     next_original : Tensor
@@ -44,10 +55,21 @@ class CacheState:
     masks: dict[int, Tensor] = field(repr=False)
     full: dict[int, bool]
     length: int
+    floor: int
     prompt_length: int
     next_original: Tensor
     next_position: Tensor
     mrope: bool
+    home: Home | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
+        """A copied cache is remembered beside the original; tensors are shared, since nothing changes them."""
+        cache = self.home.cache() if self.home is not None else None
+        twin = memo.get(id(cache))
+        if self.home is None or twin is None:
+            return self
+        self.home.caches.add(twin)
+        return replace(self, home=Home(weakref.ref(twin), self.home.caches))
 
     def group(self, layer: int) -> int:
         """First layer of the group that `layer` belongs to."""
@@ -55,10 +77,10 @@ class CacheState:
 
     def rewound(self, length: int) -> CacheState:
         """The same state for a cache that now holds `length` slots: generate() crops it when it rejects candidates."""
-        if length > self.length or self.length - length > self.prompt_length:
+        if not self.floor <= length <= self.length:
             raise InputError(
-                f"the pruned cache holds {length} slots but {self.length} were recorded: it was changed outside of "
-                "the model; start again with a new cache"
+                f"the pruned cache holds {length} slots, but only lengths from {self.floor} to {self.length} can be "
+                "continued: it was cropped into a picture, or changed outside of the model; start with a new cache"
             )
         gone = self.length - length
         if gone == 0:
@@ -80,11 +102,31 @@ def state_of(cache: Any) -> CacheState | None:
         return None
     cache.__dict__.pop("update", None)  # see `refuse`
     length = int(cache.get_seq_length())
-    return state.rewound(length) if length else None
+    if not length:
+        return None
+    state = state.rewound(length)
+    if len(state.masks) > 1:
+        _crop_layers(cache, state)
+    return state
 
 
-def commit(cache: Any, state: CacheState) -> None:
-    setattr(cache, _ATTRIBUTE, state)
+def _crop_layers(cache: Any, state: CacheState) -> None:
+    """Finish a crop: transformers crops to one length, which layers above a stage may be below already."""
+    for i, layer in enumerate(cache.layers):
+        want, have = state.masks[state.group(i)].shape[1], int(cache.get_seq_length(i))
+        if have > want:
+            layer.crop(want - have)  # negative: so many slots less, in every version
+        if have < want:
+            raise InputError(
+                f"layer {i} of the pruned cache holds {have} slots where {want} are needed: it was cropped too far; "
+                "start with a new cache"
+            )
+
+
+def commit(cache: Any, state: CacheState, caches: weakref.WeakSet[Any]) -> None:
+    """Put the state on the cache, and remember the cache in `caches`."""
+    setattr(cache, _ATTRIBUTE, replace(state, home=Home(weakref.ref(cache), caches)))
+    caches.add(cache)
 
 
 def refuse(cache: Any) -> None:
@@ -131,9 +173,15 @@ def check_continuation(given: Tensor | None, expected: Tensor, valid: Tensor) ->
 
 
 def last_position(positions: Tensor, valid: Tensor) -> Tensor:
-    """Largest position of a valid token, ``[B]``; `positions` is ``[B, L]`` or ``[3, B, L]``. -1 without a token."""
+    """Position of the last valid token, ``[B]``; `positions` is ``[B, L]`` or ``[3, B, L]``. -1 without a token.
+
+    Not the largest position: the frames of a video may be numbered beyond the text that follows it.
+    """
     rows = positions if positions.ndim == 3 else positions[None]
-    return rows.masked_fill(~valid[None], -1).amax(dim=(0, 2))
+    slots = torch.arange(1, valid.shape[1] + 1, device=valid.device)
+    last = (valid * slots).amax(1)
+    position = rows.amax(0).gather(1, (last - 1).clamp_min(0)[:, None]).squeeze(1)
+    return position.masked_fill(last == 0, -1)
 
 
 def without_text_row(positions: Tensor) -> Tensor:

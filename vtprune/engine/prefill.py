@@ -93,6 +93,7 @@ def prune_prompt(
     valid: Tensor,
     rows: np.ndarray,
     position: Tensor,
+    tail: int,
 ) -> None:
     """Choose among the visual tokens of a prompt and hand the text model the packed rest, through `kw`.
 
@@ -108,6 +109,8 @@ def prune_prompt(
         ``valid.sum(1)`` on the host.
     position
         ``[T]`` int64 ``sample * L + slot`` of each visual token.
+    tail
+        Rows after the last picture, the fewest of any sample that has one.
     """
     job, tokens, embeds = call.job, call.tokens, kw["inputs_embeds"]
     assert tokens is not None
@@ -149,6 +152,7 @@ def prune_prompt(
         masks={first: torch.cat([masks[k], plan.valid], 1) for first, k in below.items()},
         full={first: full[k] and plan.full for first, k in below.items()},
         length=call.past + plan.index.shape[1],
+        floor=call.past + plan.index.shape[1] - tail,
         prompt_length=(before.prompt_length if before is not None else call.past) + length,
         next_original=next_original,
         next_position=next_position,

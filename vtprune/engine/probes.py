@@ -75,9 +75,9 @@ class EncoderTap:
         """Where this thread's next encodings go, by modality; None: nowhere."""
         self.local.encodings = encodings
 
-    def _put(self, probe: Probe, value: Tensor) -> None:
-        if self.local.captured is not None:
-            self.local.captured[probe] = value
+    def _put(self, probe: Probe, value: Callable[[], Tensor]) -> None:
+        if self.local.captured is not None and probe in self.wanted():
+            self.local.captured[probe] = value()
 
     def _wrap(self, name: str) -> Callable[..., Any]:
         original = getattr(self.family.inner, name)
@@ -93,10 +93,9 @@ class EncoderTap:
             finally:
                 self.local.captured = None
             inputs = {**signature.bind(*args, **kwargs).arguments, **kwargs}
-            wanted = self.wanted()
             encoding = Encoding(
                 self.family.layouts(modality, inputs),
-                {p: self.family.order_raw(p, v, modality, inputs) for p, v in captured.items() if p in wanted},
+                {p: self.family.order_raw(p, v, modality, inputs) for p, v in captured.items()},
                 inputs={k: inputs[k] for k in self.family.layout_inputs(modality)},
             )
             if isinstance(getattr(out, "pooler_output", None), list | tuple):
@@ -115,8 +114,8 @@ def encoding_of(modality: str, out: Any) -> Encoding:
     encoding: Encoding | None = getattr(out, _ENCODING, None)
     if encoding is None:
         raise InputError(
-            f"mm_encoder_outputs[{modality!r}] was made before vtprune was applied; encode the pictures again, or pass "
-            "pixel_values"
+            f"mm_encoder_outputs[{modality!r}] was made before vtprune was applied, or cut up by prefill_chunk_size, "
+            "which pruning does not support; encode the pictures again, or pass pixel_values, without chunks"
         )
     return encoding
 

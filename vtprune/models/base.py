@@ -19,6 +19,10 @@ from ..tokens import Probe
 PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
 
 
+#: How a hook hands over what it captured: the probe, and a function that makes its value.
+Put = Callable[[Probe, Callable[[], Tensor]], None]
+
+
 @dataclass(frozen=True)
 class ImageLayout:
     """How the placeholders of one image (or video) map to visual tokens; host arrays.
@@ -157,14 +161,17 @@ class Family(ABC):
     def projector(self) -> Any:
         """The module that maps encoder rows to rows of the language model."""
 
-    def probe_hooks(self, probe: Probe, put: Callable[[Probe, Tensor], None]) -> list[Any] | None:
-        """Register hooks that call ``put(probe, value)`` while the encoder runs; None if the family lacks the probe."""
+    def probe_hooks(self, probe: Probe, put: Put) -> list[Any] | None:
+        """Register hooks that call ``put(probe, make_value)`` while the encoder runs; None if it lacks the probe.
+
+        The value is made by calling ``make_value()``, and only where the current call wants the probe.
+        """
         if probe.name == "pre_projector":
-            return [
-                self.projector.register_forward_pre_hook(
-                    lambda _m, args: put(probe, args[0].detach().reshape(-1, args[0].shape[-1]))
-                )
-            ]
+
+            def capture(_module: Any, args: tuple[Any, ...]) -> None:
+                put(probe, lambda: args[0].detach().reshape(-1, args[0].shape[-1]))
+
+            return [self.projector.register_forward_pre_hook(capture)]
         return None
 
     def has_probe(self, probe: Probe) -> bool:
@@ -266,13 +273,13 @@ class ClipTowerMixin:
     def has_cls(self) -> bool:
         return hasattr(self.tower.embeddings, "class_embedding")
 
-    def cls_hooks(self, probe: Probe, put: Callable[[Probe, Tensor], None]) -> list[Any] | None:
+    def cls_hooks(self, probe: Probe, put: Put) -> list[Any] | None:
         layers = self.tower.encoder.layers
         if not self.has_cls or not -len(layers) <= probe.layer < len(layers):
             return None
 
         def capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            put(probe, cls_row(module, hidden.detach(), probe.softmax).flatten())
+            put(probe, lambda: cls_row(module, hidden.detach(), probe.softmax).flatten())
 
         return [layers[probe.layer].self_attn.register_forward_pre_hook(capture, with_kwargs=True)]

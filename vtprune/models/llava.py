@@ -7,14 +7,13 @@ is passed on as a first token, which is a separator here. A Pixtral tower (``mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..tokens import Probe
-from .base import ClipTowerMixin, Family, ImageLayout, single_view
+from .base import ClipTowerMixin, Family, ImageLayout, Put, single_view
 
 
 class Llava(ClipTowerMixin, Family):
@@ -28,6 +27,12 @@ class Llava(ClipTowerMixin, Family):
             raise UnsupportedModelError(
                 f"LLaVA with a {kind!r} vision tower is not supported, only CLIP and SigLIP towers are; "
                 "see CONTRIBUTING.md, 'Add a family'"
+            )
+
+        if not self.has_cls and self.config.vision_feature_select_strategy == "default":
+            raise UnsupportedModelError(
+                "this LLaVA has a vision tower without a CLS token and vision_feature_select_strategy='default', which "
+                "cuts off a patch; set it to 'full' in the config"
             )
 
     def layout_inputs(self, modality: str) -> tuple[str, ...]:
@@ -49,7 +54,7 @@ class Llava(ClipTowerMixin, Family):
             return value.view(views, -1, value.shape[-1])[:, 1:].flatten(0, 1)
         return value
 
-    def probe_hooks(self, probe: Probe, put: Callable[[Probe, Tensor], None]) -> list[Any] | None:
+    def probe_hooks(self, probe: Probe, put: Put) -> list[Any] | None:
         if probe.name == "cls_row":
             return self.cls_hooks(probe, put)
         return super().probe_hooks(probe, put)

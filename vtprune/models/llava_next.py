@@ -8,16 +8,14 @@ layout is not derived again here: the model's own ``pack_image_features`` packs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..tokens import Probe
-from .base import ClipTowerMixin, Family, ImageLayout, unique_layouts
+from .base import ClipTowerMixin, Family, ImageLayout, Put, unique_layouts
 
 
 class LlavaNext(ClipTowerMixin, Family):
@@ -75,7 +73,7 @@ class LlavaNext(ClipTowerMixin, Family):
             size=size,
         )
 
-    def probe_hooks(self, probe: Probe, put: Callable[[Probe, Tensor], None]) -> list[Any] | None:
+    def probe_hooks(self, probe: Probe, put: Put) -> list[Any] | None:
         if probe.name == "cls_row":
             return self.cls_hooks(probe, put)
         return super().probe_hooks(probe, put)

@@ -59,6 +59,11 @@ def load(
     local = Path(path).exists()
     if local and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{name} has no config.json, so it is no checkpoint; give a folder of save_pretrained")
+    if not local and "/" not in str(name):
+        raise ConfigError(
+            f"there is no embedded model or folder named {str(name)!r}{nearest(str(name), embedded_models())}; "
+            f"embedded: {', '.join(embedded_models())}; hub names have the form owner/name"
+        )
     if not local and (str(name).startswith((".", "~", "/")) or str(name).count("/") > 1):
         raise ConfigError(f"there is no folder {name}; give a checkpoint folder, a hub name, or 'pocket-llava'")
     try:
