@@ -38,8 +38,8 @@ FAMILIES_COUNTS = {
 }
 
 
-#: True where generate() works with lengths of the cache: transformers before 5.10 wants the whole history again on a
-#: filled cache and cuts it by the cache's length, and crops rejected candidates to an absolute length. Both cannot be
+#: True where generate() works with lengths of the cache: older transformers (5.0, 4.57) want the whole history again on
+#: a filled cache and cuts it by the cache's length, and crops rejected candidates to an absolute length. Both cannot be
 #: right on a pruned cache, so there the engine must refuse.
 COUNTS_THE_CACHE = hasattr(transformers.GenerationMixin, "_get_initial_cache_position")
 
@@ -251,7 +251,7 @@ def generation_error(
 def most_images_for_beams(family: str) -> int:
     """How many pictures per prompt the *stock* generate() gets right when it repeats prompts for beams or samples.
 
-    Before transformers 5.20 it repeats LLaVA's pictures one by one, so that beams of a prompt with two pictures see the
+    Older transformers (5.17 and before) repeat LLaVA's pictures one by one, so that beams of a prompt with two see the
     first picture twice. What the stock model gets wrong by itself cannot be asked of it pruned.
     """
     plain, ref = twin(family), reference(family)

@@ -137,7 +137,7 @@ def test_the_flash_stand_in_has_the_trap() -> None:
     late = torch.tensor([[12, 60, 61]])
     try:
         got = lm(inputs_embeds=embeds[:, :3], position_ids=late, past_key_values=cache).last_hidden_state
-    except RuntimeError:  # before transformers 5.10 packed sequences must start at position 0
+    except RuntimeError:  # in older transformers (5.0, 4.57) packed sequences must start at position 0
         got = torch.full_like(embeds[:, :3], torch.nan)
     cache = twin_lm(inputs_embeds=embeds, use_cache=True).past_key_values
     want = twin_lm(

@@ -155,5 +155,5 @@ class Call:
         else:
             self.rotary = positions
             kw["position_ids"] = pos.contiguous(batch, queries, self.past, embeds.device)
-        if kw.get("cache_position") is not None:  # transformers < 5.10
+        if kw.get("cache_position") is not None:  # older transformers (5.0, 4.57)
             kw["cache_position"] = torch.arange(self.past, self.past + queries, device=embeds.device)

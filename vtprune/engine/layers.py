@@ -123,6 +123,6 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     # Attention backends read these two only for their lengths and for borders between packed sequences.
     if now.get("position_ids") is not None:
         call.layer_inputs["position_ids"] = pos.contiguous(batch, plan.index.shape[1], call.past, hidden.device)
-    if now.get("cache_position") is not None:  # transformers < 5.10
+    if now.get("cache_position") is not None:  # older transformers (5.0, 4.57)
         call.layer_inputs["cache_position"] = call.past + torch.arange(plan.index.shape[1], device=hidden.device)
     return gather(hidden, plan.index, 1)

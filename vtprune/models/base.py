@@ -266,7 +266,7 @@ class ClipTowerMixin:
 
     @property
     def tower(self) -> Any:
-        # transformers < 5.10 wraps the transformer once more.
+        # Older transformers (5.0, 4.57) wrap the transformer once more.
         return getattr(self.inner.vision_tower, "vision_model", self.inner.vision_tower)
 
     @property

@@ -3,7 +3,7 @@
 
 Quirks: no CLS token; a video is one run of placeholders, frame after frame; Qwen2.5-VL's encoder works in window order
 and restores raster order only after the merger, so what is captured before the merger must be put back; positions
-need ``mm_token_type_ids`` since transformers 5.5, and without them the stock model silently falls back to 1-D.
+need ``mm_token_type_ids`` in newer transformers (5.17, not 5.0), without which Qwen2.5-VL silently falls back to 1-D.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class QwenVL(Family):
 
     def _window_index(self, grid_thw: Tensor) -> Tensor:
         visual = self.inner.visual
-        if hasattr(visual, "get_window_index"):  # transformers < 5.10
+        if hasattr(visual, "get_window_index"):  # older transformers (5.0, 4.57)
             return torch.as_tensor(visual.get_window_index(grid_thw)[0])
         from transformers.vision_utils import get_vision_window_index
 
