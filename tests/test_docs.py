@@ -71,3 +71,34 @@ def test_the_method_in_the_contributing_guide_runs(monkeypatch: pytest.MonkeyPat
     )
     selection = registry.build("outlier", {}).select(tokens, Budget(1))
     assert selection.index.tolist() == [2, 6]
+
+
+def test_the_tables_of_the_readme_are_the_committed_results() -> None:
+    import csv
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cells = [[c.strip().strip("`") for c in line.strip("|").split("|")] for line in readme.splitlines() if "|" in line]
+    found = {row[0]: row[1:] for row in cells}
+    with (ROOT / "benchmarks/results/accuracy-cpu.csv").open(encoding="utf-8") as file:
+        rows = {(r["method"], r["keep"]): r for r in csv.DictReader(file)}
+    dense = rows.pop(("dense", "1"))
+    assert found["all 576 tokens"][0] == f"{float(dense['accuracy']):.3f}"
+    for (method, keep), row in rows.items():
+        time = f"{float(row['prefill_ms']) / float(dense['prefill_ms']):.2f}"
+        shown = next(r[1:] for r in cells if r[0] == method and len(r) == 5 and r[1][0] == "0")
+        first = {"1/4": 0, "1/9": 2}[keep]
+        assert shown[first : first + 2] == [f"{float(row['accuracy']):.3f}", time], (method, keep)
+    with (ROOT / "benchmarks/results/prefill-nvidia-h200.csv").open(encoding="utf-8") as file:
+        speed = {
+            tuple(r[k] for k in ("model", "batch", "tokens_per_image", "method", "keep")): r
+            for r in csv.DictReader(file)
+        }
+    columns = (("dense", "1"), ("norm", "1/4"), ("idpruner", "1/4"), ("norm", "1/9"), ("idpruner", "1/9"))
+    for label, key in {
+        "LLaVA-1.5-7B, 1 x 576 tokens": ("llava-1.5-7b", "1", "576"),
+        "LLaVA-1.5-7B, 8 x 576": ("llava-1.5-7b", "8", "576"),
+        "Qwen2.5-VL-7B, 1 x 1296": ("qwen2.5-vl-7b", "1", "1296"),
+        "Qwen2.5-VL-7B, 1 x 4096": ("qwen2.5-vl-7b", "1", "4096"),
+    }.items():
+        these = [speed[(*key, *column)] for column in columns]
+        assert found[label] == [f"{float(r['total_ms_median']):.0f} ({float(r['llm_ms_median']):.0f})" for r in these]
