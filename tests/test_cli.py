@@ -281,3 +281,27 @@ def test_timing_counts_milliseconds() -> None:
     clock.put(None)
     assert 20 <= clock.first_token_ms < clock.elapsed_ms() < 2000
     assert clock.elapsed_ms() >= 40
+
+
+def test_eval_writes_rows_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, table = tmp_path / "rows.jsonl", tmp_path / "table.csv"
+    chosen = ["--method", "dense", "--method", "norm", "--keep", "1/9", "--count", "6", "--batch", "6"]
+    arguments = ["eval", "pocketvqa/basic", "--out", str(out), "--table", str(table), *chosen, "--device", "cpu"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "| norm | 1/9 | 64 |" in printed and "Loading" not in printed
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sum(row["type"] == "answer" for row in rows) == 12
+    assert "norm" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["nothing"], "unknown task 'nothing'"), (["pocketvqa/basic", "--method", "nomr"], "nomr")],
+)
+def test_eval_refuses_before_anything_is_loaded(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "rows.jsonl")]) == 2
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -196,6 +196,59 @@ def ask(
             console.print(f"kept patches: {overlay}", markup=False)
 
 
+@app.command("eval")
+def evaluate(
+    tasks: Annotated[list[str], typer.Argument(help="Such as pocketvqa/basic; a wrong name lists them all.")],
+    out: Annotated[Path, typer.Option(help="JSONL file, a row per answer; what it holds is not run again.")],
+    method: Annotated[list[str], typer.Option(help="A method with its options, or a control; repeatable.")] = [
+        "dense",
+        "blank",
+        "question-only",
+        "downsample",
+        "random",
+        "idpruner",
+    ],
+    keep: Annotated[list[str], typer.Option(help="As for ask; repeatable.")] = ["1/4", "1/9"],  # noqa: B006
+    model: Annotated[
+        str, typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name.")
+    ] = "pocket-llava",
+    split: Annotated[str, typer.Option(help="val for choices, test for final tables.")] = "val",
+    count: Annotated[int, typer.Option(min=1, help="Questions of each task.")] = 300,
+    seed: Annotated[int, typer.Option(help="Another seed gives other questions.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 25,
+    device: Annotated[str | None, typer.Option(help="For example cpu or cuda:0.", show_default=False)] = None,
+    table: Annotated[Path | None, typer.Option(help="Also write the table as CSV.", show_default=False)] = None,
+) -> None:
+    """Measure accuracy: tasks x methods x budgets, with 95% intervals, beside honest controls."""
+    from .eval import get, run, summarise, to_csv, to_markdown
+    from .eval.runner import combinations
+
+    for task in tasks:
+        get(task)
+    combinations(method, keep)
+    with _quiet(False) as say:
+        say(f"loading {model}")
+        net, processor = _load(model, device, "float32")  # bf16 flips answers
+        rows = run(
+            net,
+            processor,
+            tasks,
+            method,
+            keep,
+            out,
+            split=split,
+            count=count,
+            seed=seed,
+            batch=batch,
+            name=model,
+            say=say,
+        )
+    summary = summarise(rows)
+    if table is not None:
+        to_csv(summary, table)
+    print(to_markdown(summary))
+
+
 def _print_table(rows: dict[str, Measured], title: str) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.base import Encoding, Family
+from ..models.base import PIXEL_KEYS, Encoding, Family
 from ..tokens import PRE_PROJECTOR, Probe, VisualTokens
 from .call import Call
 from .layout import BatchLayout, build
@@ -29,6 +30,7 @@ _ENCODING = "_vtprune_encoding"
 class _Local(threading.local):
     captured: dict[Probe, Tensor] | None = None
     encodings: dict[str, Encoding] | None = None
+    memory: dict[str, tuple[Tensor, Any, Encoding]] | None = None  # by method: its pixels, its output, what was noted
 
 
 class EncoderTap:
@@ -75,6 +77,16 @@ class EncoderTap:
         """Where this thread's next encodings go, by modality; None: nowhere."""
         self.local.encodings = encodings
 
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Within this block and thread, the first encoding of each modality is kept, and handed out again for the very
+        same pixels wherever every probe that is wanted was captured then."""
+        self.local.memory = {}
+        try:
+            yield
+        finally:
+            self.local.memory = None
+
     def _put(self, probe: Probe, value: Callable[[], Tensor]) -> None:
         if self.local.captured is not None and probe in self.wanted():
             self.local.captured[probe] = value()
@@ -84,15 +96,13 @@ class EncoderTap:
         modality = name.split("_")[1]
         signature = inspect.signature(original)
 
-        @functools.wraps(original)
-        def features(*args: Any, **kwargs: Any) -> Any:
+        def encode(args: Any, kwargs: Any, inputs: dict[str, Any]) -> tuple[Any, Encoding]:
             self.local.captured = {}
             try:
                 out = original(*args, **kwargs)
                 captured = self.local.captured
             finally:
                 self.local.captured = None
-            inputs = {**signature.bind(*args, **kwargs).arguments, **kwargs}
             encoding = Encoding(
                 self.family.layouts(modality, inputs),
                 {p: self.family.order_raw(p, v, modality, inputs) for p, v in captured.items()},
@@ -100,6 +110,23 @@ class EncoderTap:
             )
             if isinstance(getattr(out, "pooler_output", None), list | tuple):
                 encoding.features = list(out.pooler_output)
+            return out, encoding
+
+        @functools.wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            inputs = {**signature.bind(*args, **kwargs).arguments, **kwargs}
+            pixels = next((inputs[k] for k in PIXEL_KEYS if k in inputs), None)
+            memory = self.local.memory
+            known = None if memory is None else memory.get(name)
+            if known is not None and known[0] is pixels and known[2].probes.keys() >= set(self.wanted()):
+                _, out, encoding = known
+            else:
+                out, encoding = encode(args, kwargs, inputs)
+                if memory is not None and pixels is not None:
+                    memory.setdefault(name, (pixels, out, encoding))
+            # A pruner must not see what another one asked for.
+            wanted = set(self.wanted())
+            encoding = replace(encoding, probes={p: v for p, v in encoding.probes.items() if p in wanted})
             if hasattr(out, "__dict__"):
                 object.__setattr__(out, _ENCODING, encoding)  # generate() hands this very object to the forward
             if self.local.encodings is not None:

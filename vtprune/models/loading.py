@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,21 @@ def embedded_models() -> list[str]:
     return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
 
 
+def _check_weights(folder: Path) -> None:
+    """Refuse an embedded model whose weights are not those that its ``golden.json`` was written with."""
+    file = folder / "model.safetensors"
+    try:
+        expected = json.loads((folder / "golden.json").read_text())["sha256"]
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    except FileNotFoundError as error:
+        raise ConfigError(f"the embedded model {folder.name} has no file {error.filename}; reinstall vtprune") from None
+    if found != expected:
+        raise ConfigError(
+            f"{file} is truncated or changed: SHA-256 {found}, expected {expected}; reinstall vtprune, or give the "
+            "folder's path to load it all the same"
+        )
+
+
 def load(
     name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None
 ) -> tuple[Any, Any]:
@@ -27,7 +44,8 @@ def load(
     Parameters
     ----------
     name
-        An embedded model (``"pocket-llava"``), a folder with a transformers checkpoint, or a hub name.
+        An embedded model (``"pocket-llava"``), whose weights are checked against their SHA-256; a folder with a
+        transformers checkpoint, which is not checked; or a hub name.
     device
         Where to put the model; default the GPU if there is one, else the CPU.
     dtype
@@ -55,7 +73,10 @@ def load(
         if not isinstance(named, torch.dtype):
             raise ConfigError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16")
         dtype = named
-    path = EMBEDDED / str(name) if str(name) in embedded_models() else name
+    path = name
+    if str(name) in embedded_models():
+        path = EMBEDDED / str(name)
+        _check_weights(path)
     local = Path(path).exists()
     if local and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{name} has no config.json, so it is no checkpoint; give a folder of save_pretrained")

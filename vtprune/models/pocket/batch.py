@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of PocketVQA: small arrays made on the CPU, pictures and targets made from them on any device."""
+"""Batches for training: small arrays made on the CPU, pictures and targets made from them on any device."""
 
 from __future__ import annotations
 
@@ -25,63 +25,68 @@ from .data import (
     Question,
     Scene,
     glyph_masks,
-    questions,
-    scene,
     shape_masks,
+    sprite_cells,
 )
+from .sprites import NAMES
 
 PATCH = 14
 PATCHES = (SIDE // PATCH) ** 2
-PREFIX = 1 + PATCHES  # <s> and the image
-TEXT_ROW = 79  # with the prefix 656 = 41 * 16 keys, which suits the attention kernels; 8 questions need at most 72
 IGNORE = -100
+PICTURE_TURN = -1  # tokens that every question sees
 
-_TEXT = len(SHAPES) * len(SIZES)  # the "what" code of a text
-CLASSES = 2 + len(SHAPES)  # none, shapes, text
-CLS_LABELS = len(SHAPES) + len(COLORS) + len(CHARACTERS)
+_TEXT = len(SHAPES) * len(SIZES)  # the "what" code of a text; sprites follow it
+TEXT_CLASS = 1 + len(SHAPES)
+CLASSES = 2 + len(SHAPES) + len(NAMES)  # none, shapes, text, sprites
+CLS_LABELS = len(SHAPES) + len(COLORS) + len(CHARACTERS) + len(NAMES)
 
 _SHAPE_ID = {name: i for i, name in enumerate(SHAPES)}
 _SIZE_ID = {name: i for i, name in enumerate(SIZES)}
 _COLOR_ID = {name: i for i, name in enumerate(COLORS)}
+_NAME_ID = {name: i for i, name in enumerate(NAMES)}
 
 
 def picture_arrays(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """Describe pictures by small tensors.
+    """Describe pictures of one size by small tensors.
 
     Parameters
     ----------
     scenes
-        B scenes.
+        P scenes of R x C cells.
 
     Returns
     -------
     dict
-        ``what`` int64 [B, 36]: -1 for an empty cell, ``3 * shape + size``, or 24 for a text;
-        ``color`` int64 [B, 36] and ``rgb`` uint8 [B, 36, 3]; ``chars`` int64 [B, 3], -1 without a text;
-        ``corners`` float32 [B, 3, 2, 2].
+        ``what`` int64 [P, R * C]: -1 for an empty cell, ``3 * shape + size``, 24 for a text, 25 and up for a sprite;
+        ``color`` int64 [P, R * C] and ``rgb`` uint8 [P, R * C, 3]; ``chars`` int64 [P, R * C, 3], -1 without a text;
+        ``corners`` float32 [P, 3, 2, 2].
     """
-    batch, cells = len(scenes), GRID * GRID
+    batch, cells = len(scenes), scenes[0].rows * scenes[0].columns
     what = np.full((batch, cells), -1, np.int64)
     color = np.zeros((batch, cells), np.int64)
     rgb = np.zeros((batch, cells, 3), np.uint8)
-    chars = np.full((batch, TEXT_LENGTH), -1, np.int64)
+    chars = np.full((batch, cells, TEXT_LENGTH), -1, np.int64)
     for b, item in enumerate(scenes):
         for s in item.shapes:
             what[b, s.cell] = len(SIZES) * _SHAPE_ID[s.shape] + _SIZE_ID[s.size]
             color[b, s.cell] = _COLOR_ID[s.color]
             rgb[b, s.cell] = s.rgb
-        if item.text is not None:
-            what[b, item.text.cell] = _TEXT
-            color[b, item.text.cell] = _COLOR_ID[item.text.color]
-            rgb[b, item.text.cell] = item.text.rgb
-            chars[b] = [CHARACTERS.index(character) for character in item.text.string]
+        for t in item.texts:
+            what[b, t.cell] = _TEXT
+            color[b, t.cell] = _COLOR_ID[t.color]
+            rgb[b, t.cell] = t.rgb
+            chars[b, t.cell] = [CHARACTERS.index(character) for character in t.string]
+        for sprite in item.sprites:
+            what[b, sprite.cell] = _TEXT + 1 + _NAME_ID[sprite.name]
     corners = np.asarray([item.corners for item in scenes], np.float32).reshape(batch, 2, 2, 3).transpose(0, 3, 1, 2)
     arrays = {"what": what, "color": color, "rgb": rgb, "chars": chars, "corners": np.ascontiguousarray(corners)}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def text_arrays(rows: Sequence[Sequence[Question]], chat: Sequence[bool], length: int = TEXT_ROW) -> dict[str, Tensor]:
-    """Pack questions and answers into rows that follow the picture.
+def text_arrays(
+    rows: Sequence[Sequence[Question]], chat: Sequence[bool], start: int, length: int, strict: bool = True
+) -> dict[str, Tensor]:
+    """Pack questions and answers into rows that follow the pictures.
 
     Parameters
     ----------
@@ -89,15 +94,19 @@ def text_arrays(rows: Sequence[Sequence[Question]], chat: Sequence[bool], length
         B lists of questions.
     chat
         Per row: whether it is one conversation (each turn sees the earlier ones, positions run on) or a set of
-        questions that each see the picture alone, at the positions they would have as the only question.
+        questions that each see the pictures alone, at the positions they would have as the only question.
+    start
+        Position of the first text token.
     length
         Tokens per row.
+    strict
+        Whether a row that does not fit is an error; otherwise the questions that do not fit are left out.
 
     Returns
     -------
     dict
         int64 [B, length] each: ``ids``; ``labels`` (answers and ``</s>``, -100 elsewhere); ``turn`` (which tokens see
-        one another); ``positions``.
+        one another, from 0; padding has numbers of its own); ``positions``.
 
     Raises
     ------
@@ -106,38 +115,25 @@ def text_arrays(rows: Sequence[Sequence[Question]], chat: Sequence[bool], length
     """
     shape = (len(rows), length)
     ids, labels = np.full(shape, vocab.PAD, np.int64), np.full(shape, IGNORE, np.int64)
-    turn, positions = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-    positions[:] = np.arange(PREFIX, PREFIX + length)
+    turn = np.broadcast_to(np.arange(1000, 1000 + length), shape).copy()
+    positions = np.broadcast_to(np.arange(start, start + length), shape).copy()
     for b, (row, conversation) in enumerate(zip(rows, chat, strict=True)):
-        start = 0
+        first = 0
         for number, question in enumerate(row):
             asked, answer = vocab.encode(question.text), [*vocab.encode_answer(question), vocab.EOS]
-            middle, end = start + len(asked), start + len(asked) + len(answer)
+            middle, end = first + len(asked), first + len(asked) + len(answer)
             if end > length:
-                raise ValueError(f"{len(row)} questions need more than {length} tokens")
-            ids[b, start:end] = asked + answer
+                if strict:
+                    raise ValueError(f"{len(row)} questions need more than {length} tokens")
+                break
+            ids[b, first:end] = asked + answer
             labels[b, middle:end] = answer
-            turn[b, start:end] = 0 if conversation else number
+            turn[b, first:end] = 0 if conversation else number
             if not conversation:
-                positions[b, start:end] = np.arange(PREFIX, PREFIX + end - start)
-            start = end
+                positions[b, first:end] = np.arange(start, start + end - first)
+            first = end
     arrays = {"ids": ids, "labels": labels, "turn": turn, "positions": positions}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-class TrainingBatches(torch.utils.data.Dataset):
-    """Batch number ``i`` holds the training scenes ``i * batch .. (i + 1) * batch - 1``, whatever came before.
-
-    Every fourth row is a conversation, so that questions after the first are learnt too.
-    """
-
-    def __init__(self, batch: int, seed: int):
-        self.batch, self.seed = batch, seed
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        scenes = [scene("train", step * self.batch + b, self.seed) for b in range(self.batch)]
-        chat = [b % 4 == 3 for b in range(self.batch)]
-        return picture_arrays(scenes) | text_arrays([questions(item) for item in scenes], chat)
 
 
 class Renderer:
@@ -146,18 +142,28 @@ class Renderer:
     def __init__(self, device: torch.device | str):
         self.shapes = torch.from_numpy(shape_masks()).flatten(0, 1).to(device).float() / 255
         self.glyphs = torch.from_numpy(glyph_masks()).to(device).float() / 255
+        self.sprites = torch.from_numpy(sprite_cells()).to(device).float().permute(0, 3, 1, 2) / 255
 
-    def coverage(self, arrays: dict[str, Tensor]) -> Tensor:
-        """How much of each pixel an object covers: float32 [B, 336, 336] in [0, 1]."""
+    def coverage(self, arrays: dict[str, Tensor], rows: int = GRID, columns: int = GRID) -> Tensor:
+        """How much of each pixel a thing covers: float32 [P, 56 * rows, 56 * columns] in [0, 1]."""
         what = arrays["what"]
+        cells = self.shapes[what.clamp(0, _TEXT - 1)] * ((what >= 0) & (what < _TEXT))[..., None, None]
+        texts = what == _TEXT
         margin = (CELL - TEXT_LENGTH * GLYPH_WIDTH) // 2
-        text = self.glyphs[arrays["chars"].clamp_min(0)].permute(0, 2, 1, 3).flatten(2)
-        text = F.pad(text, (margin, margin))[:, None]
-        cells = torch.where((what == _TEXT)[..., None, None], text, self.shapes[what.clamp(0, _TEXT - 1)])
-        cells = cells * (what >= 0)[..., None, None]
-        return cells.view(-1, GRID, GRID, CELL, CELL).transpose(2, 3).reshape(-1, SIDE, SIDE)
+        written = self.glyphs[arrays["chars"][texts]].transpose(1, 2).flatten(2)
+        cells[texts] = F.pad(written, (margin, margin))
+        sprites = what > _TEXT
+        cells[sprites] = self.sprites[what[sprites] - _TEXT - 1, 3]
+        return cells.view(-1, rows, columns, CELL, CELL).transpose(2, 3).reshape(-1, rows * CELL, columns * CELL)
 
-    def pixels(self, arrays: dict[str, Tensor], coverage: Tensor, generator: torch.Generator | None) -> Tensor:
+    def pixels(
+        self,
+        arrays: dict[str, Tensor],
+        coverage: Tensor,
+        generator: torch.Generator | None,
+        rows: int = GRID,
+        columns: int = GRID,
+    ) -> Tensor:
         """Draw the pictures.
 
         Parameters
@@ -168,63 +174,87 @@ class Renderer:
             From ``coverage``.
         generator
             Source of the pixel noise on the same device; ``None`` for no noise.
+        rows, columns
+            Size in cells.
 
         Returns
         -------
         Tensor
-            float32 [B, 3, 336, 336] in [0, 1].
+            float32 [P, 3, 56 * rows, 56 * columns] in [0, 1].
         """
-        background = F.interpolate(arrays["corners"], (SIDE, SIDE), mode="bilinear", align_corners=True)
-        paint = (arrays["rgb"].float() / 255).view(-1, GRID, GRID, 3).permute(0, 3, 1, 2)
-        paint = paint.repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
+        size = (rows * CELL, columns * CELL)
+        background = F.interpolate(arrays["corners"], size, mode="bilinear", align_corners=True)
+        paint = (arrays["rgb"].float() / 255).view(-1, rows, columns, 3)
+        paint = paint.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2).permute(0, 3, 1, 2).contiguous()
+        what = arrays["what"].view(-1, rows, columns)
+        picture, row, column = (what > _TEXT).nonzero(as_tuple=True)
+        cells = paint.view(-1, 3, rows, CELL, columns, CELL)
+        cells[picture, :, row, :, column] = self.sprites[what[picture, row, column] - _TEXT - 1, :3]
         pixels = torch.lerp(background, paint, coverage[:, None])
         if generator is not None:
             noise = torch.empty_like(pixels).normal_(0, NOISE, generator=generator)
             pixels = (pixels + noise).clamp(0, 1)
         return pixels
 
-    def patch_targets(self, arrays: dict[str, Tensor], coverage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What each patch shows, for the auxiliary loss.
 
-        Returns
-        -------
-        tuple of Tensor
-            int64: class [B, 576] (0 nothing, 1-8 a shape, 9 text), colour [B, 576] and characters [B, 576, 3]; the
-            last two mean something only where the class is not 0, and 9.
-        """
-        per_cell = CELL // PATCH
+def patch_targets(
+    arrays: dict[str, Tensor], coverage: Tensor, rows: int = GRID, columns: int = GRID, patch: int = PATCH
+) -> dict[str, Tensor]:
+    """What each patch shows, for the auxiliary loss.
 
-        def spread(cells: Tensor) -> Tensor:
-            grid = cells.view(-1, GRID, GRID)
-            return grid.repeat_interleave(per_cell, 1).repeat_interleave(per_cell, 2).flatten(1)
+    Parameters
+    ----------
+    arrays, coverage, rows, columns
+        As for ``Renderer.pixels``.
+    patch
+        Side of a patch in pixels of the picture; divides 56.
 
-        what, color = spread(arrays["what"]), spread(arrays["color"])
-        covered = F.avg_pool2d(coverage[:, None], PATCH).flatten(1)
-        is_text = what == _TEXT
-        kind = torch.where(is_text, CLASSES - 1, what // len(SIZES) + 1)
-        # A shape's patch must show enough of it to be told; the strokes of a character are thin.
-        kind = torch.where((what >= 0) & (covered > torch.where(is_text, 0.01, 0.12)), kind, 0)
-        chars = arrays["chars"].clamp_min(0)[:, None].expand(-1, PATCHES, -1)
-        return kind, color, chars
+    Returns
+    -------
+    dict
+        int64 [P, N]: ``kind`` (0 nothing, 1-8 a shape, 9 text, 10 and up a sprite), ``size``, ``color`` and ``chars``
+        [P, N, 3]; the last three mean something only for shapes, for shapes and texts, and for texts.
+    """
+    per_cell = CELL // patch
+
+    def spread(cells: Tensor) -> Tensor:
+        grid = cells.view(-1, rows, columns, *cells.shape[2:])
+        return grid.repeat_interleave(per_cell, 1).repeat_interleave(per_cell, 2).flatten(1, 2)
+
+    what = spread(arrays["what"])
+    covered = F.avg_pool2d(coverage[:, None], patch).flatten(1)
+    is_text = what == _TEXT
+    kind = torch.where(what > _TEXT, what - _TEXT + TEXT_CLASS, what // len(SIZES) + 1)
+    kind = torch.where(is_text, TEXT_CLASS, kind)
+    # A shape's patch must show enough of it to be told: 24 pixels of it. The strokes of a character are thin.
+    enough = torch.where(is_text, 0.01, 0.12 * (PATCH / patch) ** 2)
+    kind = torch.where((what >= 0) & (covered > enough), kind, 0)
+    size = what.clamp_min(0) % len(SIZES)
+    return {"kind": kind, "size": size, "color": spread(arrays["color"]), "chars": spread(arrays["chars"])}
 
 
 def scene_targets(arrays: dict[str, Tensor]) -> Tensor:
-    """What a whole picture shows, for the CLS loss: float32 [B, 43], 1 for each shape, colour, character in it."""
-    what, color, chars = arrays["what"], arrays["color"], arrays["chars"]
+    """What a whole picture shows, for the CLS loss: float32 [P, 163], 1 for each shape, colour, character, sprite."""
+    what, color, chars = arrays["what"], arrays["color"], arrays["chars"].flatten(1)
 
     def seen(index: Tensor, valid: Tensor, count: int) -> Tensor:
-        return (F.one_hot(index.clamp(0, count - 1), count) * valid[..., None]).amax(1)
+        hits = torch.zeros(len(index), count, device=index.device)
+        return hits.scatter_reduce(1, index.clamp(0, count - 1), valid.float(), "amax")
 
     is_shape = (what >= 0) & (what < _TEXT)
     shapes = seen(what // len(SIZES), is_shape, len(SHAPES))
-    colors = seen(color, what >= 0, len(COLORS))
+    colors = seen(color, (what >= 0) & (what <= _TEXT), len(COLORS))
     characters = seen(chars, chars >= 0, len(CHARACTERS))
-    return torch.cat([shapes, colors, characters], 1).float()
+    sprites = seen(what - _TEXT - 1, what > _TEXT, len(NAMES))
+    return torch.cat([shapes, colors, characters, sprites], 1)
 
 
-def text_mask(turn: Tensor) -> Tensor:
-    """Which keys each text token sees: bool [B, 1, L, 577 + L]; all of the picture, and its own turn so far."""
-    length = turn.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=turn.device).tril()
-    own = (turn[:, :, None] == turn[:, None, :]) & causal
-    return F.pad(own, (PREFIX, 0), value=True)[:, None]
+def text_mask(turn: Tensor, length: int) -> Tensor:
+    """Which keys each of the last ``length`` tokens sees: bool [B, 1, length, S].
+
+    Those of the pictures (``PICTURE_TURN``), and its own turn so far. ``turn`` is int64 [B, S].
+    """
+    first = turn.shape[1] - length
+    own = turn[:, first:, None] == turn[:, None, :]
+    causal = torch.ones(length, turn.shape[1], dtype=torch.bool, device=turn.device).tril(first)
+    return ((own | (turn == PICTURE_TURN)[:, None, :]) & causal)[:, None]

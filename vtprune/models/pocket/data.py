@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PocketVQA: seeded pictures of coloured shapes and short texts, with questions whose answers follow from the scene.
+"""PocketVQA: seeded pictures of coloured shapes, small pictures and short texts, with questions that follow from them.
 
-A picture has 6 x 6 cells of 56 pixels. Every scene and every question is a pure function of ``(split, seed, index)``;
-nothing is read from disk. Only ``render`` needs Pillow's drawing code, so scenes are cheap enough to make in bulk.
+A picture has cells of 56 pixels, 6 x 6 of them unless it says otherwise. Every scene and every question is a pure
+function of ``(split, seed, index)``. Only ``render`` draws, so scenes are cheap enough to make in bulk. This file has
+the six basic kinds of question; ``worlds`` has the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .sprites import NAMES, SIZE, atlas
 
 GRID = 6
 CELL = 56
@@ -70,30 +73,45 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Sprite:
+    """One small picture of a thing in one cell; ``name`` is one of ``sprites.NAMES``."""
+
+    cell: int
+    name: str
+
+
+@dataclass(frozen=True)
 class Scene:
     """Everything that a picture shows, and the key from which it was drawn.
 
     Attributes
     ----------
     key
-        ``"pocketvqa/<split>/<seed>/<index>"``; seeds the scene, its questions and its pixel noise.
+        Such as ``"pocketvqa/<split>/<seed>/<index>"``; seeds the scene, its questions and its pixel noise.
     shapes
-        2 to 7 shapes in distinct cells. Texts are not objects and are not counted.
-    text
-        The text, or ``None``.
+        The coloured shapes. They alone are "objects", and are counted. All things lie in distinct cells.
+    texts
+        The three-character texts.
     corners
         Background colour at the top left, top right, bottom left and bottom right, in [0, 1]; bilinear in between.
+    sprites
+        The small pictures.
+    rows, columns
+        Size of the picture in cells of 56 pixels.
     """
 
     key: str
     shapes: tuple[Shape, ...]
-    text: Text | None
+    texts: tuple[Text, ...]
     corners: tuple[tuple[float, ...], ...]
+    sprites: tuple[Sprite, ...] = ()
+    rows: int = GRID
+    columns: int = GRID
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its kind (one of ``KINDS``) and its only right answer."""
+    """A question, its kind (such as one of ``KINDS``) and its only right answer."""
 
     kind: str
     text: str
@@ -122,53 +140,76 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
     ValueError
         If the split is unknown or the index negative.
     """
+    rng, key = stream("pocketvqa", split, seed, index)
+    count = rng.randint(MIN_OBJECTS, MAX_OBJECTS)
+    cells = rng.sample(range(GRID * GRID), count + 1)
+    shapes = tuple(Shape(cell, rng.choice(SHAPES), rng.choice(tuple(SIZES)), *any_paint(rng)) for cell in cells[:count])
+    texts = (any_text(rng, cells[count]),) if rng.random() < TEXT_PROBABILITY else ()
+    return Scene(key, shapes, texts, any_background(rng))
+
+
+def stream(world: str, split: str, seed: int, index: int) -> tuple[random.Random, str]:
+    """Random numbers that belong to one sample of one world, and the sample's key.
+
+    Raises
+    ------
+    ValueError
+        If the split is unknown or the index negative.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if index < 0:
         raise ValueError(f"index must be >= 0, got {index}")
-    key = f"pocketvqa/{split}/{seed}/{index}"
-    rng = random.Random(key)
-    count = rng.randint(MIN_OBJECTS, MAX_OBJECTS)
-    cells = rng.sample(range(GRID * GRID), count + 1)
+    key = f"{world}/{split}/{seed}/{index}"
+    return random.Random(key), key
 
-    def paint() -> tuple[str, tuple[int, int, int]]:
-        color = rng.choice(tuple(COLORS))
-        red, green, blue = (
-            min(255, max(0, level + rng.randint(-COLOR_JITTER, COLOR_JITTER))) for level in COLORS[color]
-        )
-        return color, (red, green, blue)
 
-    shapes = tuple(Shape(cell, rng.choice(SHAPES), rng.choice(tuple(SIZES)), *paint()) for cell in cells[:count])
-    text = None
-    if rng.random() < TEXT_PROBABILITY:
-        string = "".join(rng.choice(CHARACTERS) for _ in range(TEXT_LENGTH))
-        text = Text(cells[count], string, *paint())
+def paint(rng: random.Random, color: str) -> tuple[str, tuple[int, int, int]]:
+    """A colour's name and one of its tints."""
+    red, green, blue = (min(255, max(0, level + rng.randint(-COLOR_JITTER, COLOR_JITTER))) for level in COLORS[color])
+    return color, (red, green, blue)
+
+
+def any_paint(rng: random.Random) -> tuple[str, tuple[int, int, int]]:
+    """Any colour's name and one of its tints."""
+    return paint(rng, rng.choice(tuple(COLORS)))
+
+
+def any_text(rng: random.Random, cell: int) -> Text:
+    """Three random characters in a random colour."""
+    string = "".join(rng.choice(CHARACTERS) for _ in range(TEXT_LENGTH))
+    return Text(cell, string, *any_paint(rng))
+
+
+def any_background(rng: random.Random) -> tuple[tuple[float, ...], ...]:
+    """Four similar corner colours."""
     base = [rng.uniform(0.25, 0.75) for _ in range(3)]
-    corners = tuple(tuple(level + rng.uniform(-0.15, 0.15) for level in base) for _ in range(4))
-    return Scene(key, shapes, text, corners)
+    return tuple(tuple(level + rng.uniform(-0.15, 0.15) for level in base) for _ in range(4))
 
 
-def place(cell: int) -> str:
+def place(cell: int, rows: int = GRID, columns: int = GRID) -> str:
     """Name the ninth of the picture that a cell lies in, such as ``"top left"`` or ``"middle center"``."""
-    row, column = divmod(cell, GRID)
-    return f"{ROWS[row * 3 // GRID]} {COLUMNS[column * 3 // GRID]}"
+    row, column = divmod(cell, columns)
+    return f"{ROWS[row * 3 // rows]} {COLUMNS[column * 3 // columns]}"
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
+    """The indefinite article of a word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _unique(values: list) -> set:
+def unique(values: list) -> set:
+    """The values that occur once."""
     return {value for value in values if values.count(value) == 1}
 
 
-def _candidates(scene: Scene, rng: random.Random) -> dict[str, list[Question]]:
+def candidates(scene: Scene, rng: random.Random) -> dict[str, list[Question]]:
     """All unambiguous questions of each kind, in random order; of ``exist``, two with a coin flip for each answer."""
     shapes = scene.shapes
     pairs = [(s.color, s.shape) for s in shapes]
-    single_pair = _unique(pairs)
-    single_color = _unique([s.color for s in shapes])
-    single_shape = _unique([s.shape for s in shapes])
+    single_pair = unique(pairs)
+    single_color = unique([s.color for s in shapes])
+    single_shape = unique([s.shape for s in shapes])
     found: dict[str, list[Question]] = {kind: [] for kind in KINDS}
 
     present = sorted(set(pairs))
@@ -177,7 +218,7 @@ def _candidates(scene: Scene, rng: random.Random) -> dict[str, list[Question]]:
     for answer in (rng.choice(("yes", "no")) for _ in range(2)):
         if pools[answer]:
             color, shape = pools[answer].pop()
-            found["exist"].append(Question("exist", f"is there {_article(color)} {color} {shape} ?", answer))
+            found["exist"].append(Question("exist", f"is there {article(color)} {color} {shape} ?", answer))
 
     for s in shapes:
         if s.shape in single_shape:
@@ -187,8 +228,8 @@ def _candidates(scene: Scene, rng: random.Random) -> dict[str, list[Question]]:
         if (s.color, s.shape) in single_pair:
             found["where"].append(Question("where", f"where is the {s.color} {s.shape} ?", place(s.cell)))
     found["count"].append(Question("count", "how many objects are there ?", str(len(shapes))))
-    if scene.text is not None:
-        found["ocr"].append(Question("ocr", "what does the text say ?", scene.text.string))
+    if len(scene.texts) == 1:
+        found["ocr"].append(Question("ocr", "what does the text say ?", scene.texts[0].string))
     for kind in ("color", "shape", "where"):
         rng.shuffle(found[kind])
     return found
@@ -211,14 +252,18 @@ def questions(scene: Scene, limit: int = 8) -> list[Question]:
         unambiguous question of it.
     """
     rng = random.Random(f"{scene.key}/questions")
-    found = _candidates(scene, rng)
-    order = [kind for kind in KINDS if found[kind]]
+    return in_turn(rng, candidates(scene, rng))[:limit]
+
+
+def in_turn(rng: random.Random, found: dict[str, list[Question]]) -> list[Question]:
+    """All questions, the kinds in random order, each once before any comes again; empties the lists."""
+    order = [kind for kind in found if found[kind]]
     rng.shuffle(order)
     asked: list[Question] = []
     while order:
         asked += [found[kind].pop() for kind in order]
         order = [kind for kind in order if found[kind]]
-    return asked[:limit]
+    return asked
 
 
 def exam(split: str, count: int, seed: int = 0) -> Iterator[tuple[Scene, Question]]:
@@ -315,8 +360,15 @@ def text_mask(string: str) -> np.ndarray:
     return np.pad(np.concatenate(list(glyphs), axis=1), ((0, 0), (margin, margin)))
 
 
+@lru_cache(maxsize=1)
+def sprite_cells() -> np.ndarray:
+    """The sprites, each in the middle of a cell: uint8 ``[120, 56, 56, 4]``, RGBA."""
+    margin = (CELL - SIZE) // 2
+    return np.pad(atlas(), ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+
+
 def render(scene: Scene, noise: bool = True) -> Image.Image:
-    """Draw a scene as an RGB picture of 336 x 336 pixels.
+    """Draw a scene as an RGB picture; 336 x 336 pixels when it has 6 x 6 cells.
 
     Parameters
     ----------
@@ -330,20 +382,23 @@ def render(scene: Scene, noise: bool = True) -> Image.Image:
     PIL.Image.Image
         The same picture for the same scene and the same version of Pillow.
     """
+    height, width = scene.rows * CELL, scene.columns * CELL
     corners = np.asarray(scene.corners).reshape(2, 2, 3)
-    ramp = np.linspace(0, 1, SIDE)
-    weight = np.stack([1 - ramp, ramp])
-    pixels = np.einsum("iy,jx,ijc->yxc", weight, weight, corners)
-    covers: list[tuple[Shape | Text, np.ndarray]] = [
-        (s, shape_masks()[SHAPES.index(s.shape), tuple(SIZES).index(s.size)]) for s in scene.shapes
+    down, across = (np.stack([1 - ramp, ramp]) for ramp in (np.linspace(0, 1, height), np.linspace(0, 1, width)))
+    pixels = np.einsum("iy,jx,ijc->yxc", down, across, corners)
+    covers: list[tuple[int, np.ndarray, np.ndarray]] = [
+        (s.cell, shape_masks()[SHAPES.index(s.shape), tuple(SIZES).index(s.size)], np.asarray(s.rgb))
+        for s in scene.shapes
     ]
-    if scene.text is not None:
-        covers.append((scene.text, text_mask(scene.text.string)))
-    for item, mask in covers:
-        row, column = divmod(item.cell, GRID)
+    covers += [(t.cell, text_mask(t.string), np.asarray(t.rgb)) for t in scene.texts]
+    for sprite in scene.sprites:
+        image = sprite_cells()[NAMES.index(sprite.name)]
+        covers.append((sprite.cell, image[..., 3], image[..., :3]))
+    for cell, mask, color in covers:
+        row, column = divmod(cell, scene.columns)
         area = pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
         alpha = mask[..., None] / 255
-        area[:] = area * (1 - alpha) + np.asarray(item.rgb) / 255 * alpha
+        area[:] = area * (1 - alpha) + color / 255 * alpha
     if noise:
         seed = int.from_bytes(hashlib.sha256(f"{scene.key}/noise".encode()).digest()[:8], "big")
         pixels = pixels + np.random.default_rng(seed).normal(0, NOISE, pixels.shape)

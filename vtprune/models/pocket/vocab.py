@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vocabulary of the pocket models: one id per word, and one per character that can be read in a picture."""
+"""The vocabulary of the pocket models: one id per word, and one per character that can be read in a picture.
+
+The list only grows at its end: a checkpoint knows the first so many words.
+"""
 
 from __future__ import annotations
 
-from .data import CHARACTERS, COLORS, COLUMNS, ROWS, SHAPES, Question
+from . import easyvqa
+from .data import CHARACTERS, COLORS, COLUMNS, ROWS, SHAPES, SIZES, Question
+from .sprites import NAMES
+from .worlds import LABELS, ORDINALS, WAYS
 
 PAD, UNK, BOS, EOS, IMAGE = range(5)
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
@@ -12,7 +18,8 @@ _WORDS = (
     *("?", "is", "there", "a", "an", "what", "color", "shape", "the", "object", "how", "many", "objects", "are"),
     *("where", "does", "text", "say", "yes", "no"),
 )
-TOKENS = (
+#: What the six basic kinds of question need; the first stage of training knows these alone.
+BASIC = (
     *SPECIALS,
     *_WORDS,
     *ROWS,
@@ -22,6 +29,20 @@ TOKENS = (
     *COLORS,
     *(CHARACTER_PREFIX + character for character in CHARACTERS),
 )
+VIDEO, VISION_START, VISION_END = (len(BASIC) + i for i in range(3))
+VISION_SPECIALS = ("<video>", "<vision_start>", "<vision_end>")
+_MORE = (
+    *VISION_SPECIALS,
+    *("of", "above", "below", "at", "in", "picture", "which", "way", "move", "appear", "appears", "last", "label"),
+    *SIZES,
+    *ORDINALS,
+    *WAYS,
+    *NAMES,
+    *LABELS,
+    *easyvqa.WORDS,
+)
+TOKENS = tuple(dict.fromkeys((*BASIC, *_MORE)))  # several of the later words are known already
+READING_KINDS = ("ocr", "pair-ocr", "hires-ocr", "flash")
 IDS = {token: i for i, token in enumerate(TOKENS)}
 
 
@@ -32,6 +53,6 @@ def encode(text: str) -> list[int]:
 
 def encode_answer(question: Question) -> list[int]:
     """Ids of a question's answer; a text that was read is one id per character."""
-    if question.kind == "ocr":
+    if question.kind in READING_KINDS:
         return [IDS[CHARACTER_PREFIX + character] for character in question.answer]
     return encode(question.answer)

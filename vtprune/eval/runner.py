@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runner: every question once through the encoder, then through every method and budget, to rows of JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import __version__
+from ..api import encode, make_config, report, using
+from ..budget import parse_keep
+from ..config import PruneConfig
+from ..engine.attach import engine_of
+from ..errors import ConfigError
+from ..models import find_family
+from ..models.base import PIXEL_KEYS, Family
+from .controls import CONTROLS, Inputs, blank, downsampled, prepare
+from .table import Row, read, summarise
+from .tasks import Example, Task, get
+
+#: What must not change while a file is being written: numbers from both sides would stand in one table.
+FIXED = ("model", "weights_sha256", "dtype", "device", "torch", "transformers", "batch")
+#: Budget on the rows of controls that have none.
+UNPRUNED = {"dense": "1", "blank": "1", "question-only": "0"}
+#: Controls that have no use for the encoding of the pictures as they are.
+OWN_PIXELS = ("blank", "question-only", "downsample")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A control, or a pruning method with its options, as written: ``"idpruner importance=norm"``.
+
+    Parameters
+    ----------
+    label
+        As written, single spaces.
+    name
+        The first word.
+    options
+        The rest: ``key=value``, where the value is JSON or a bare word; also ``scope``, ``allocation``, ``positions``.
+    """
+
+    label: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Read a label.
+
+        Raises
+        ------
+        ConfigError
+            It is empty, an option has no value, or a control has options.
+        """
+        name, *pairs = text.split() or [""]
+        options: dict[str, Any] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not key or not equals:
+                raise ConfigError(f"{pair!r} in {text!r} is not of the form key=value, for example importance=norm")
+            try:
+                options[key] = json.loads(value)
+            except ValueError:
+                options[key] = value
+        if not name or (name in CONTROLS and options):
+            raise ConfigError(
+                f"{text!r} is not a control without options ({', '.join(CONTROLS)}) or a method with some"
+            )
+        return cls(" ".join([name, *pairs]), name, options)
+
+    def config(self, keep: str) -> PruneConfig:
+        """What `vtprune.apply` would be told."""
+        return make_config(self.name, **{"keep": parse_keep(keep), **self.options})
+
+
+Combination = tuple[Method, str]
+
+
+def combinations(methods: Sequence[str], keeps: Sequence[str]) -> list[Combination]:
+    """Every method with every budget, controls without a budget once; all checked.
+
+    Raises
+    ------
+    ConfigError
+        A method, option or budget cannot be used.
+    """
+    found = []
+    for method in map(Method.parse, methods):
+        for keep in (UNPRUNED[method.name],) if method.name in UNPRUNED else keeps:
+            if method.name not in CONTROLS:
+                method.config(keep)
+            elif method.name not in UNPRUNED:
+                parse_keep(keep)
+            found.append((method, keep))
+    labels = [(method.label, keep) for method, keep in found]
+    if len(set(labels)) != len(labels):
+        raise ConfigError(f"a method or budget is named twice: {', '.join(methods)}; {', '.join(keeps)}")
+    return found
+
+
+@contextmanager
+def encode_once(model: Any) -> Iterator[None]:
+    """Within this block and thread, pictures are encoded once, whatever is generated from them.
+
+    The first call of the encoder is kept and serves every later forward or ``generate()`` that is given the very same
+    pixel tensor, under `vtprune.using` or dense; outputs are bit-equal to encoding again. Begin with `vtprune.encode`,
+    which captures every probe; a method whose probe is missing encodes again. Nothing but the pixel tensor is compared,
+    so grids, sizes and encoder arguments must stay the same with it.
+    """
+    with using(model, None):
+        engine = engine_of(find_family(model))
+        assert engine is not None
+        with engine.tap.remembering():
+            yield
+
+
+def generate(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int) -> list[str]:
+    """Greedy answers, decoded and stripped."""
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+@contextmanager
+def presented(
+    family: Family, processor: Any, examples: Sequence[Example], inputs: Inputs, method: Method, keep: str
+) -> Iterator[tuple[Inputs, list[int] | None]]:
+    """Within this block, what the model makes of the yielded inputs is its answer under a method or a control.
+
+    Parameters
+    ----------
+    family, processor, examples
+        As in `controls.prepare`.
+    inputs
+        What `controls.prepare` made of them.
+    method, keep
+        One of `combinations`.
+
+    Yields
+    ------
+    inputs, tokens
+        Visual tokens per example where a control says how many they are; else they follow from the forward.
+    """
+    if method.name == "dense":
+        yield inputs, None
+    elif method.name == "blank":
+        yield prepare(family, processor, [blank(example) for example in examples]), None
+    elif method.name == "question-only":
+        yield prepare(family, processor, [example.without_pictures() for example in examples]), [0] * len(examples)
+    elif method.name == "downsample":
+        with downsampled(family, processor, examples, inputs, parse_keep(keep)) as small:
+            yield small
+    else:
+        with using(family.model, method.config(keep)):
+            yield inputs, None
+
+
+def _answers(
+    family: Family, processor: Any, task: Task, examples: Sequence[Example], wanted: Sequence[Combination]
+) -> Iterator[tuple[Combination, list[str], list[int], list[int]]]:
+    """Per combination the answers to one batch, and visual tokens per example before and after pruning."""
+    inputs = prepare(family, processor, examples)
+    visual = any(key in inputs for key in PIXEL_KEYS)
+    full = [0] * len(examples)
+
+    def one(method: Method, keep: str) -> tuple[Combination, list[str], list[int], list[int]]:
+        with presented(family, processor, examples, inputs, method, keep) as (given, tokens):
+            texts = generate(family.model, processor, given, task.max_new_tokens)
+            if tokens is None and visual and method.name not in CONTROLS:
+                tokens = [0] * len(examples)
+                for image in report(family.model).images:
+                    tokens[image.sample] += image.tokens_out
+        return (method, keep), texts, full, full if tokens is None else tokens
+
+    with encode_once(family.model):
+        if visual:
+            full = list(encode(family.model, inputs).sample_lens(len(examples)))
+        yield from (one(*plan) for plan in wanted if plan[0].name not in OWN_PIXELS)
+    yield from (one(*plan) for plan in wanted if plan[0].name in OWN_PIXELS)
+
+
+def run(
+    model: Any,
+    processor: Any,
+    tasks: Sequence[str | Task],
+    methods: Sequence[str],
+    keeps: Sequence[str],
+    out: str | Path,
+    *,
+    split: str = "val",
+    count: int = 300,
+    seed: int = 0,
+    batch: int = 25,
+    name: str | None = None,
+    commit: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Answer every question of every task under every method and budget, and write one row of JSON for each.
+
+    Parameters
+    ----------
+    model, processor
+        A model of a supported family and its processor, as `vtprune.load` returns them.
+    tasks
+        Names of tasks (see `tasks.names`), or tasks.
+    methods
+        Controls (``dense``, ``blank``, ``question-only``, ``downsample``) and methods with their options, such as
+        ``"idpruner importance=norm"``.
+    keeps
+        Budgets as on the command line: ``"1/4"``, ``"0.25"``, ``"128t"``. They are the labels of the rows, too.
+    out
+        JSONL file. What it holds already is not run again, so an interrupted run goes on where it was.
+    split, count, seed
+        Which questions, and how many of each task. The test split is for final tables, not for choices.
+    batch
+        Questions that are encoded and answered together.
+    name
+        Name of the model in the file; default where it was loaded from.
+    commit
+        Commit of the code; default asks git.
+    say
+        Is told of progress, one line at a time.
+
+    Returns
+    -------
+    list of dict
+        All rows of the file, those of earlier runs included.
+
+    Raises
+    ------
+    ConfigError
+        Something cannot be used, or `out` was written with another model, device or version.
+    """
+    out = Path(out)
+    family = find_family(model)
+    chosen = [get(task) if isinstance(task, str) else task for task in tasks]
+    wanted = combinations(methods, keeps)
+    if count < 1 or batch < 1:
+        raise ConfigError(f"count={count} and batch={batch} must be at least 1")
+    asked = [{"task": task.name, "split": split, "count": count, "seed": seed} for task in chosen]
+    header = {
+        **provenance(model, name, commit),
+        "batch": batch,
+        "tasks": asked,
+        "methods": [*methods],
+        "keeps": [*keeps],
+    }
+    headers, rows = _resume(out, header)
+    done = {(row["task"], row["method"], row["keep"], row["id"]) for row in rows}
+    with out.open("a", encoding="utf-8") as file:
+        if header not in headers:
+            _write(file, [header])
+        for task in chosen:
+            asked_so_far = 0
+            for examples in _batches(task.examples(split, count, seed), batch):
+                asked_so_far += len(examples)
+                missing = {
+                    (method.label, keep): {e.id for e in examples if (task.name, method.label, keep, e.id) not in done}
+                    for method, keep in wanted
+                }
+                # A batch that lacks a row is run as a whole: its padding, and so its numbers, are always the same.
+                todo = [(method, keep) for method, keep in wanted if missing[method.label, keep]]
+                if not todo:
+                    continue
+                say(f"{task.name}: {asked_so_far} of {count}")
+                for (method, keep), given, full, kept in _answers(family, processor, task, examples, todo):
+                    new = [
+                        _row(example, method, keep, text, before, after)
+                        for example, text, before, after in zip(examples, given, full, kept, strict=True)
+                        if example.id in missing[method.label, keep]
+                    ]
+                    _write(file, new)
+                    rows += new
+    return rows
+
+
+def _batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    while part := list(itertools.islice(examples, size)):
+        yield part
+
+
+def _row(example: Example, method: Method, keep: str, given: str, before: int, after: int) -> Row:
+    return {
+        "type": "answer",
+        "task": example.task,
+        "method": method.label,
+        "options": method.options,
+        "keep": keep,
+        "id": example.id,
+        "kind": example.kind,
+        "answer": example.answer,
+        "prediction": given,
+        "correct": given == example.answer,
+        "tokens_in": before,
+        "tokens_out": after,
+    }
+
+
+def _write(file: Any, rows: Sequence[Row]) -> None:
+    file.writelines(json.dumps(row) + "\n" for row in rows)
+    file.flush()
+
+
+def _resume(out: Path, header: Row) -> tuple[list[Row], list[Row]]:
+    """What the file holds. A last line that was cut off is taken away."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"the folder {out.parent} does not exist; create it first")
+    if not out.exists():
+        return [], []
+    whole = out.read_bytes()
+    end = whole.rfind(b"\n") + 1
+    if end < len(whole):
+        with out.open("r+b") as file:
+            file.truncate(end)
+    headers, rows = read(out)
+    for old in headers:
+        for key in FIXED:
+            if old.get(key) != header[key]:
+                raise ConfigError(
+                    f"{out} was written with {key}={old.get(key)!r}, this run has {header[key]!r}; choose another file"
+                )
+    return headers, rows
+
+
+def provenance(model: Any, name: str | None = None, commit: str | None = None) -> Row:
+    """The first line of a file: what answered, with which weights, code and machine."""
+    device = torch.device(model.device)
+    return {
+        "type": "run",
+        "model": name or model.config._name_or_path or type(model).__name__,
+        "weights_sha256": weights_sha256(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "vtprune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit or current_commit(),
+    }
+
+
+def weights_sha256(model: Any) -> str:
+    """Hexadecimal SHA-256 of all weights as they are in memory, in the order of their names."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+def current_commit() -> str:
+    """The commit of this code, with a + when files were changed since; ``"unknown"`` outside its repository."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in somebody's repository
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def evaluate(
+    model: str,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    keeps: Sequence[str],
+    out: str | Path,
+    *,
+    split: str = "val",
+    count: int = 300,
+    seed: int = 0,
+    batch: int = 25,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    commit: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Load a model, `run`, and `summarise`: the whole of ``vtprune eval``.
+
+    Parameters
+    ----------
+    model
+        As for `vtprune.load`.
+    tasks, methods, keeps, out, split, count, seed, batch, commit, say
+        As for `run`. All that can be checked is checked before the model is loaded.
+    device, dtype
+        As for `vtprune.load`, but fp32 everywhere by default: bf16 flips answers.
+
+    Returns
+    -------
+    list of dict
+        One row per task, method and budget of the file.
+    """
+    from ..models.loading import load
+
+    for task in tasks:
+        get(task)
+    combinations(methods, keeps)
+    net, processor = load(model, device=device, dtype=dtype or torch.float32)
+    rows = run(
+        net,
+        processor,
+        tasks,
+        methods,
+        keeps,
+        out,
+        split=split,
+        count=count,
+        seed=seed,
+        batch=batch,
+        name=model,
+        commit=commit,
+        say=say,
+    )
+    return summarise(rows)

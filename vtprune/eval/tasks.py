@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be asked: a `Task` yields `Example` objects, chats with pictures and clips in them and one right answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..errors import ConfigError
+from ..registry import nearest
+
+if TYPE_CHECKING:
+    from ..models.pocket.worlds import Dialogue
+
+Message = dict[str, Any]
+
+_TASKS: dict[str, Task] = {}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its only right answer.
+
+    Parameters
+    ----------
+    task
+        Name of the task.
+    id
+        Unique within the task, the same on every machine. Split and seed are part of it.
+    kind
+        Accuracy is given per kind, and the mean is taken over kinds.
+    messages
+        A chat as transformers writes it: ``{"role": ..., "content": [part, ...]}``. A part is
+        ``{"type": "text", "text": str}``, ``{"type": "image", "image": PIL.Image}``, or
+        ``{"type": "video", "video": [PIL.Image, ...], "fps": float}``. Demonstrations are earlier turns.
+    answer
+        What the decoded and stripped output must equal.
+    """
+
+    task: str
+    id: str
+    kind: str
+    messages: tuple[Message, ...]
+    answer: str
+
+    def parts(self, kind: str) -> list[dict[str, Any]]:
+        """Parts of one type (``"text"``, ``"image"``, ``"video"``) in order."""
+        return [part for message in self.messages for part in message["content"] if part["type"] == kind]
+
+    def map_pictures(self, change: Callable[[Image.Image], Image.Image]) -> Example:
+        """The same example with every picture, and every frame of a clip, changed."""
+
+        def changed(part: dict[str, Any]) -> dict[str, Any]:
+            if part["type"] == "image":
+                return {**part, "image": change(part["image"])}
+            if part["type"] == "video":
+                return {**part, "video": [change(frame) for frame in part["video"]]}
+            return part
+
+        return self._with_contents(lambda content: [changed(part) for part in content])
+
+    def without_pictures(self) -> Example:
+        """The same example with its text alone."""
+        return self._with_contents(lambda content: [part for part in content if part["type"] == "text"])
+
+    def _with_contents(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Example:
+        messages = tuple({**message, "content": change(message["content"])} for message in self.messages)
+        return replace(self, messages=messages)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A source of examples.
+
+    Parameters
+    ----------
+    name
+        Such as ``"pocketvqa/basic"``.
+    examples
+        ``examples(split, count, seed)`` yields the first `count` examples of a split, the same each time; a larger
+        count begins with the same examples.
+    max_new_tokens
+        Longest answer, its end included.
+    """
+
+    name: str
+    examples: Callable[[str, int, int], Iterator[Example]]
+    max_new_tokens: int = 8
+
+
+def register(task: Task) -> Task:
+    """Make a task known under its name.
+
+    Raises
+    ------
+    ConfigError
+        Another task has that name.
+    """
+    if _TASKS.get(task.name, task) != task:
+        raise ConfigError(f"a task named {task.name!r} exists already; choose another name")
+    _TASKS[task.name] = task
+    return task
+
+
+def names() -> list[str]:
+    """Names of all known tasks, sorted."""
+    return sorted(_TASKS)
+
+
+def get(name: str) -> Task:
+    """The task of that name.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    if name not in _TASKS:
+        raise ConfigError(f"unknown task {name!r}{nearest(name, names())}; known tasks: {', '.join(names())}")
+    return _TASKS[name]
+
+
+def user(*parts: dict[str, Any]) -> Message:
+    """What the user says."""
+    return {"role": "user", "content": list(parts)}
+
+
+def assistant(text: str) -> Message:
+    """What the model is shown to have answered before."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def _pocket_example(task: str, dialogue: Dialogue) -> Example:
+    from ..models.pocket.data import render
+    from ..models.pocket.qwen import FPS
+
+    messages = []
+    for turn in dialogue.turns:
+        pictures = [render(scene) for scene in turn.pictures]
+        shown: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+        if turn.clip:
+            shown = [{"type": "video", "video": pictures, "fps": FPS}]
+        messages += [user(*shown, {"type": "text", "text": turn.question.text}), assistant(turn.question.answer)]
+    return Example(task, dialogue.key, dialogue.kind, tuple(messages[:-1]), dialogue.answer)
+
+
+def _pocketvqa(world: str) -> Task:
+    name = f"pocketvqa/{world}"
+
+    def examples(split: str, count: int, seed: int) -> Iterator[Example]:
+        from ..models.pocket.worlds import exam
+
+        try:
+            for dialogue in exam(world, split, count, seed):
+                yield _pocket_example(name, dialogue)
+        except ValueError as error:  # an unknown split
+            raise ConfigError(f"{name}: {error}") from None
+
+    return Task(name, examples)
+
+
+def _easyvqa(split: str, count: int, seed: int) -> Iterator[Example]:
+    """A random sample of the questions; several may be about one picture."""
+    from ..models.pocket.easyvqa import load
+
+    data = load(split)
+    order = list(range(len(data.questions)))
+    random.Random(f"easy-vqa/{split}/{seed}").shuffle(order)
+    for index in order[:count]:
+        number, text, answer = data.questions[index]
+        kind = "yes or no" if answer in ("yes", "no") else "color" if "color" in text else "shape"
+        shown = {"type": "image", "image": Image.fromarray(data.pictures[number])}
+        message = user(shown, {"type": "text", "text": text})
+        yield Example("easy-vqa", f"easy-vqa/{split}/{index}", kind, (message,), answer)
+
+
+for _world in ("basic", "extended", "hires", "pair", "icl", "video"):
+    register(_pocketvqa(_world))
+register(Task("easy-vqa", _easyvqa))
