@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from .config import PruneConfig
 
+EVAL_METHODS = ["dense", "blank", "question-only", "downsample", "random", "idpruner"]
+EVAL_KEEPS = ["1/4", "1/9"]
 DTYPES = ("float32", "bfloat16", "float16")
 #: generate() is repeated until this much time is spent, at least once and at most REPEATS times; medians are shown.
 REPEAT_SECONDS, REPEATS = 2.0, 9
@@ -200,15 +202,10 @@ def ask(
 def evaluate(
     tasks: Annotated[list[str], typer.Argument(help="Such as pocketvqa/basic; a wrong name lists them all.")],
     out: Annotated[Path, typer.Option(help="JSONL file, a row per answer; what it holds is not run again.")],
-    method: Annotated[list[str], typer.Option(help="A method with its options, or a control; repeatable.")] = [
-        "dense",
-        "blank",
-        "question-only",
-        "downsample",
-        "random",
-        "idpruner",
-    ],
-    keep: Annotated[list[str], typer.Option(help="As for ask; repeatable.")] = ["1/4", "1/9"],  # noqa: B006
+    method: Annotated[
+        list[str], typer.Option(help="A method with its options, or a control; repeatable.")
+    ] = EVAL_METHODS,
+    keep: Annotated[list[str], typer.Option(help="As for ask; repeatable.")] = EVAL_KEEPS,
     model: Annotated[
         str, typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name.")
     ] = "pocket-llava",
