@@ -15,7 +15,8 @@ from helpers import make_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtprune.budget import Budget, check_keep, largest_remainder, parse_keep
+from vtprune import budget as budgets
+from vtprune.budget import Budget, FixedBudget, Pools, check_keep, fill, largest_remainder, parse_keep
 from vtprune.errors import ConfigError
 
 # -- what a budget may be ---------------------------------------------------------------------------------------------
@@ -219,6 +220,9 @@ SAMPLES = [[[(6, 6)], [(4, 5), (3, 7)]], [], [[(6, 6), (2, 2), (5, 3)]]]
         (Budget(0.25, scope="joint", allocation="pooled"), (77, 0, 55), (19, 0, 13)),
         (Budget(40), (36, 20, 21, 36, 4, 15), (36, 20, 20, 26, 3, 11)),
         (Budget(40, scope="joint"), (77, 0, 55), (76, 0, 40)),
+        (Budget(40, allocation="proportional"), (36, 20, 21, 36, 4, 15), (35, 20, 21, 26, 3, 11)),
+        (Budget(0.25, allocation="proportional"), (36, 20, 21, 36, 4, 15), (9, 5, 5, 8, 1, 4)),
+        (Budget(0.25, scope="joint", allocation="proportional"), (77, 0, 55), (19, 0, 13)),
         (Budget(1.0), (36, 20, 21, 36, 4, 15), (36, 20, 21, 36, 4, 15)),
         (Budget(1e-6), (36, 20, 21, 36, 4, 15), (1, 0, 1, 1, 0, 0)),
     ],
@@ -256,3 +260,64 @@ def test_a_later_stage_counts_from_what_the_image_came_with() -> None:
 def test_no_images() -> None:
     assert Budget(0.5).pools(make_tokens([])) == ((), ())
     assert Budget(0.5, scope="joint").pools(make_tokens([[], []])) == ((), ())
+
+
+def test_proportional_images_share_what_the_sample_may_keep() -> None:
+    tokens = make_tokens([[[(10, 10)], [(2, 5)]], [[(3, 4), (3, 4)]]])
+    assert Budget(10).pools(tokens).counts == (10, 10, 5, 5)
+    assert Budget(10, allocation="proportional").pools(tokens).counts == (18, 2, 5, 5), "20 in all: 10 to 1"
+    later = replace(tokens, ctx={"image_lens": (400, 40, 96)})
+    assert Budget(0.25, allocation="proportional").pools(later).counts == (100, 10, 12, 12), "never more than is left"
+    assert Budget(0.125, allocation="proportional").pools(later).counts == (50, 5, 6, 6)
+
+
+# -- allocations of methods -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "total,weights,caps,expected",
+    [
+        (10, [1, 1], [9, 9], (5, 5)),
+        (7, [1, 1, 1], [9, 9, 9], (3, 2, 2)),
+        (10, [100, 1, 1], [4, 5, 6], (4, 3, 3)),
+        (12, [100, 1, 1], [4, 3, 6], (4, 3, 5)),
+        (15, [3, 2, 1], [4, 5, 6], (4, 5, 6)),
+        (3, [0, 0, 0], [2, 2, 2], (1, 1, 1)),
+        (3, [1, 0, 0], [1, 1, 3], (1, 1, 1)),
+        (0, [1, 2], [3, 3], (0, 0)),
+        (0, [], [], ()),
+    ],
+)
+def test_filling_by_weight(total: int, weights: list[float], caps: list[int], expected: tuple[int, ...]) -> None:
+    assert fill(total, weights, caps) == expected
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1e3), st.integers(0, 50)), min_size=1, max_size=8), st.floats(0, 1, allow_nan=False)
+)
+def test_filling_spends_exactly_the_total(parts: list[tuple[float, int]], part: float) -> None:
+    weights, caps = [w for w, _ in parts], [c for _, c in parts]
+    total = int(part * sum(caps))
+    counts = fill(total, weights, caps)
+    assert sum(counts) == total and all(0 <= k <= c for k, c in zip(counts, caps, strict=True))
+
+
+def test_an_allocation_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "_POLICIES", dict(budgets._POLICIES))
+
+    @budgets.allocation("first")
+    def first(tokens: Any, keep: float | int, counts: Any) -> tuple[int, ...]:
+        assert keep == 0.25
+        return tuple(
+            k if s == tokens.seg_image.index(i) else 0 for s, i in enumerate(tokens.seg_image) for k in [counts[i]]
+        )
+
+    tokens = make_tokens([[[(6, 6), (2, 2)]], [[(4, 4)]]])
+    assert Budget(0.25, allocation="first").pools(tokens) == ((36, 4, 16), (10, 0, 4))
+    assert "first" in budgets.allocations()
+    with pytest.raises(ConfigError, match="choose one of equal, proportional, pooled, first, globalcom2"):
+        Budget(0.25, allocation="second")
+
+
+def test_a_fixed_budget_says_what_it_was_given() -> None:
+    assert FixedBudget(3, given=Pools((4,), (2,))).pools(make_tokens([[[(2, 2)]]])) == ((4,), (2,))

@@ -168,7 +168,7 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods"]) == 0
     out = capsys.readouterr().out
     for name in vtprune.methods():
-        assert re.search(rf"^{name} ", out, re.MULTILINE)
+        assert re.search(rf"^{re.escape(name)} ", out, re.MULTILINE)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,9 @@ CONFIGS = [
     PruneConfig("idpruner", 1 / 9, "compact", "joint", "pooled", False, {"importance": "norm", "mmr_lambda": 0.1}),
     PruneConfig("grid", 1.0),
     PruneConfig("grid", 1),
+    PruneConfig("globalcom2", 0.5),
+    PruneConfig(["norm", "idpruner"], 64, options={"mmr_lambda": 0.3}),
+    PruneConfig(("norm", "globalcom2"), [0.5, 0.25]),
 ]
 
 
@@ -46,6 +49,21 @@ def test_what_it_builds() -> None:
     assert config.pruner() == RandomPruner(3) and config.pruner() is not config.pruner()
 
 
+def test_auto_is_the_allocation_of_the_method() -> None:
+    assert PruneConfig("globalcom2").allocation == "globalcom2"
+    assert PruneConfig("globalcom2", allocation="equal").budget() == Budget(0.25)
+    assert PruneConfig(["globalcom2", "norm"]).allocation == "equal"
+    assert PruneConfig(["norm", "globalcom2"]).allocation == "globalcom2"
+
+
+def test_several_methods() -> None:
+    config = PruneConfig(["norm", "idpruner"], [0.5, 0.5])
+    assert config.method == ("norm", "idpruner") and config.keep == (0.5, 0.5) and config.label == "norm + idpruner"
+    assert config.budget() == Budget(0.25)
+    assert PruneConfig(["norm", "idpruner"], [0.5, 64]).budget() == Budget(64)
+    assert PruneConfig(["norm", "idpruner"], 0.25).budget() == Budget(0.25)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_json_and_back(config: PruneConfig, tmp_path: Path) -> None:
     again = PruneConfig.from_json(config.to_json())
@@ -63,7 +81,8 @@ def test_missing_keys_take_their_defaults() -> None:
     "field,value",
     [
         *(("keep", v) for v in (0, -1, 1.5, math.nan, True, "0.5", None)),
-        *(("method", v) for v in ("idprunner", "", None, 3, ["norm"])),
+        *(("method", v) for v in ("idprunner", "", None, 3, ["norm"], [], ["norm", 3], ["norm", "idprunner"])),
+        *(("keep", v) for v in ([0.5, 0.5], (0.5,))),
         *(("positions", v) for v in ("Original", "", None, 1)),
         *(("scope", v) for v in ("image", None)),
         *(("allocation", v) for v in ("even", None)),

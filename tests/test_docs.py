@@ -40,7 +40,7 @@ def test_every_method_and_family_is_in_the_tables() -> None:
 def test_options_in_the_table_are_those_of_the_classes() -> None:
     text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     for name, cls in vtprune.methods().items():
-        line = re.search(rf"^\| `{name}` \|.*$", text, re.MULTILINE)[0]
+        line = re.search(rf"^\| `{re.escape(name)}` \|.*$", text, re.MULTILINE)[0]
         shown = dict(re.findall(r"`(\w+)` \(`?([^`)]+)`?\)", line))
         fields = cls.__dataclass_fields__.values()
         assert shown == {field.name: repr(field.default).replace("'", '"') for field in fields}, name

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ from .engine.call import Encoded, Job
 from .engine.report import Report
 from .errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 from .models import find_family
-from .tokens import CLS_LOGITS, CLS_ROW, PRE_PROJECTOR, Probe, Selection, VisualTokens
+from .tokens import CLS_LOGITS, CLS_ROW, LAST_CLS_LOGITS, PRE_PROJECTOR, Probe, Selection, VisualTokens
 
 
 class Handle:
@@ -48,17 +48,17 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"<vtprune {self.config.method} keep={self.config.keep}>"
+        return f"<vtprune {self.config.label} keep={self.config.keep}>"
 
 
 def apply(
     model: nn.Module,
-    method: str | PruneConfig = "idpruner",
+    method: str | Sequence[str] | PruneConfig = "idpruner",
     *,
-    keep: float | int | None = None,
+    keep: float | int | Sequence[float | int] | None = None,
     positions: str = "original",
     scope: str = "per_image",
-    allocation: str = "equal",
+    allocation: str = "auto",
     importance: str | None = None,
     restore: bool | None = None,
     **options: Any,
@@ -70,9 +70,11 @@ def apply(
     model
         A stock transformers model of a supported family (or a PEFT wrapper around one).
     method
-        Name of a method (see `vtprune.methods`), or a `PruneConfig`, which then says everything.
+        Name of a method (see `vtprune.methods`), several names for methods that run one after the other, or a
+        `PruneConfig`, which then says everything.
     keep
-        A float in (0, 1] is the fraction of visual tokens kept, an int a count per image. Default 0.25.
+        A float in (0, 1] is the fraction of visual tokens kept, an int a count per image. Default 0.25. For several
+        methods, what the last one leaves, or a number for each: fractions multiply, a count belongs to the last.
     positions, scope, allocation, restore
         See `PruneConfig` and `Budget`.
     importance
@@ -136,10 +138,10 @@ def _prepare(engine: Engine, config: PruneConfig) -> Job:
         raise
 
 
-def make_config(method: str | PruneConfig, **settings: Any) -> PruneConfig:
+def make_config(method: str | Sequence[str] | PruneConfig, **settings: Any) -> PruneConfig:
     """The `PruneConfig` that these arguments of `apply` mean."""
     if isinstance(method, PruneConfig):
-        defaults = {"positions": "original", "scope": "per_image", "allocation": "equal"}
+        defaults = {"positions": "original", "scope": "per_image", "allocation": "auto"}
         extra = [k for k, v in settings.items() if v is not None and v != defaults.get(k)]
         if extra:
             raise ConfigError(
@@ -184,7 +186,9 @@ def _release(engine: Engine) -> None:
 
 
 @contextmanager
-def using(model: nn.Module, method: str | PruneConfig | None = "idpruner", **settings: Any) -> Iterator[None]:
+def using(
+    model: nn.Module, method: str | Sequence[str] | PruneConfig | None = "idpruner", **settings: Any
+) -> Iterator[None]:
     """Prune with these settings only inside the ``with`` block and only in this thread or task.
 
     The settings are captured when a prompt is run, and its cache goes on with them whatever applies later. Two threads
@@ -256,7 +260,8 @@ def encode(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
         raise InputError(
             "the inputs have neither input_ids nor inputs_embeds; pass what the model's processor returned"
         )
-    probes: frozenset[Probe] = frozenset(p for p in (CLS_ROW, CLS_LOGITS, PRE_PROJECTOR) if family.has_probe(p))
+    known = (CLS_ROW, CLS_LOGITS, LAST_CLS_LOGITS, PRE_PROJECTOR)
+    probes: frozenset[Probe] = frozenset(p for p in known if family.has_probe(p))
     with using(model, None):
         engine = engine_of(family)
         assert engine is not None
@@ -276,7 +281,7 @@ def encode(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
     )
 
 
-def select(encoded: VisualTokens, method: str | PruneConfig = "idpruner", **settings: Any) -> Selection:
+def select(encoded: VisualTokens, method: str | Sequence[str] | PruneConfig = "idpruner", **settings: Any) -> Selection:
     """Choose tokens from what `encode` returned, without another model forward.
 
     Parameters

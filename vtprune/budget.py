@@ -5,15 +5,47 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .errors import ConfigError
-from .tokens import VisualTokens
+from .tokens import Probe, VisualTokens
 
 SCOPES = ("per_image", "joint")
-ALLOCATIONS = ("equal", "pooled")
+#: Allocations that need to know nothing but lengths; methods add theirs with `allocation`.
+ALLOCATIONS = ("equal", "proportional", "pooled")
+
+
+class Policy(NamedTuple):
+    """An allocation that looks at the tokens: what it does, and the probes that it uses where the model has them."""
+
+    split: Callable[[VisualTokens, float | int, Sequence[int]], tuple[int, ...]]
+    wants: frozenset[Probe]
+
+
+_POLICIES: dict[str, Policy] = {}
+
+
+def allocation(name: str, wants: frozenset[Probe] = frozenset()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: make ``split(tokens, keep, counts)`` known as the allocation `name`.
+
+    It gets the tokens, `Budget.keep` and how many tokens each image may keep, and returns the count of each segment as
+    host numbers: no more than the segment has, and in sum no more than the image may keep.
+    """
+
+    def add(split: Callable[..., Any]) -> Callable[..., Any]:
+        _POLICIES[name] = Policy(split, wants)
+        return split
+
+    return add
+
+
+def allocations() -> tuple[str, ...]:
+    """All known allocations."""
+    from . import pruners  # noqa: F401  # imported here, because every file in there imports this module
+
+    return (*ALLOCATIONS, *sorted(_POLICIES))
 
 
 class Pools(NamedTuple):
@@ -38,6 +70,41 @@ def largest_remainder(total: int, weights: Sequence[int]) -> tuple[int, ...]:
     for i in by_remainder[: total - sum(shares)]:
         shares[i] += 1
     return tuple(shares)
+
+
+def fill(total: int, weights: Sequence[float], caps: Sequence[int]) -> tuple[int, ...]:
+    """Split `total` in proportion to `weights`, none above its cap: what a cap cuts off goes to the others in
+    proportion, what rounding leaves to the largest remainders, ties to the lowest index.
+
+    Where the weights of those that have room are all 0, their caps are their weights. Needs ``total <= sum(caps)``.
+    """
+    shares = [0.0] * len(caps)
+    free = set(range(len(caps)))
+    left = float(total)
+    while free and left > 0:
+        scale = sum(weights[i] for i in free)
+        part = {i: left * (weights[i] / scale if scale > 0 else caps[i] / sum(caps[j] for j in free)) for i in free}
+        full = [i for i in sorted(free) if part[i] >= caps[i]]
+        if not full:
+            for i in free:
+                shares[i] = part[i]
+            break
+        for i in full:
+            shares[i] = float(caps[i])
+            left -= caps[i]
+            free.discard(i)
+        if scale <= 0:
+            break
+    # 1e-9: a share that is whole up to rounding is whole, and remainders that differ by rounding tie.
+    counts = [min(cap, math.floor(x + 1e-9)) for x, cap in zip(shares, caps, strict=True)]
+    by_remainder = sorted(range(len(caps)), key=lambda i: (-round(shares[i] - counts[i], 9), i))
+    missing = total - sum(counts)
+    while missing > 0:
+        for i in by_remainder:
+            if missing > 0 and counts[i] < caps[i]:
+                counts[i] += 1
+                missing -= 1
+    return tuple(counts)
 
 
 def check_keep(keep: Any) -> float | int:
@@ -99,9 +166,18 @@ class Budget:
     scope
         ``"per_image"``: every image has its own budget. ``"joint"``: the images of one sample share the sum.
     allocation
-        How an image's budget meets its segments (AnyRes views, video frames). ``"equal"``: every segment keeps the
-        same share (largest remainder, ties to the lowest index). ``"pooled"``: all segments of the image compete.
-        With ``scope="joint"`` everything in the sample competes.
+        How budgets meet segments (AnyRes views, video frames).
+
+        - ``"equal"``: every segment of an image keeps the same share of its tokens (largest remainder, ties to the
+          lowest index).
+        - ``"proportional"``: the images of a sample share the sum of their budgets, and every segment of all of them
+          keeps the same share of its tokens. Beside ``"equal"`` that matters where `keep` is a count and images differ
+          in size: the count is then the mean of the sample.
+        - ``"pooled"``: all segments of an image compete.
+        - ``"globalcom2"``: crops for which the thumbnail has more to show, and frames that differ more from their clip,
+          keep more (see `vtprune.pruners.globalcom2`). One wait for the device.
+
+        With ``scope="joint"`` everything in the sample competes, and this has no say.
     """
 
     keep: float | int = 0.25
@@ -112,8 +188,14 @@ class Budget:
         object.__setattr__(self, "keep", check_keep(self.keep))
         if self.scope not in SCOPES:
             raise ConfigError(f"scope={self.scope!r} is unknown; choose one of {', '.join(SCOPES)}")
-        if self.allocation not in ALLOCATIONS:
-            raise ConfigError(f"allocation={self.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}")
+        if self.allocation not in ALLOCATIONS and self.allocation not in allocations():
+            raise ConfigError(f"allocation={self.allocation!r} is unknown; choose one of {', '.join(allocations())}")
+
+    @property
+    def wants(self) -> frozenset[Probe]:
+        """Probes that the allocation uses where the model has them."""
+        policy = None if self.scope == "joint" else _POLICIES.get(self.allocation)
+        return frozenset() if policy is None else policy.wants
 
     def image_count(self, n: int) -> int:
         """Tokens that an image of `n` visual tokens keeps."""
@@ -140,8 +222,29 @@ class Budget:
         counts = tuple(map(min, wanted, image_lens))
         if self.allocation == "pooled":
             return Pools(image_lens, counts)
+        if self.allocation in _POLICIES:
+            return Pools(tokens.seqlens, _POLICIES[self.allocation].split(tokens, self.keep, counts))
         shares: list[int] = []
+        if self.allocation == "proportional":
+            for sample in range(tokens.num_samples):
+                own = [image for image, s in enumerate(tokens.image_sample) if s == sample]
+                segments = [n for n, i in zip(tokens.seqlens, tokens.seg_image, strict=True) if i in own]
+                shares.extend(largest_remainder(min(sum(segments), sum(wanted[i] for i in own)), segments))
+            return Pools(tokens.seqlens, tuple(shares))
         for image, k in enumerate(counts):
             segments = [n for n, i in zip(tokens.seqlens, tokens.seg_image, strict=True) if i == image]
             shares.extend(largest_remainder(k, segments))
         return Pools(tokens.seqlens, tuple(shares))
+
+
+_NONE = Pools((), ())
+
+
+@dataclass(frozen=True)
+class FixedBudget(Budget):
+    """A budget whose pools were worked out before, for a method that sees only what another one left."""
+
+    given: Pools = _NONE
+
+    def pools(self, tokens: VisualTokens) -> Pools:
+        return self.given

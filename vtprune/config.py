@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .budget import Budget
+from .compose import check_keeps, compose
 from .errors import ConfigError
 from .registry import Pruner, build, nearest
 
@@ -24,19 +27,23 @@ class PruneConfig:
     Parameters
     ----------
     method
-        Name of a method, see `vtprune.methods()`.
+        Name of a method, see `vtprune.methods()`; or two and more, which then run one after the other, each on what the
+        one before it left.
     keep
-        A float in (0, 1] is the fraction of visual tokens kept, an int a count per image (see `Budget`).
+        A float in (0, 1] is the fraction of visual tokens kept, an int a count per image (see `Budget`). Of several
+        methods, one number is what the last one leaves, and the others take equal steps towards it. A number for each
+        says what each keeps of what it sees: fractions multiply, and only the last may have a count.
     positions
         ``"original"``: kept tokens keep the position ids of the full prompt, and decoding goes on from the full
         length. ``"compact"``: the pruned prompt is renumbered 0, 1, 2, ...; M-RoPE models lose the picture's layout.
     scope, allocation
-        See `Budget`.
+        See `Budget`. ``allocation="auto"`` is the method's own, of several the last one's: ``"equal"`` unless its
+        description says otherwise.
     restore
         True: hidden states, and so logits, come back at the length of the input, so that labels fit; a dropped token's
         slot carries the row of the last kept token before it. False: they come back at the pruned length, left-padded.
     options
-        The method's own options.
+        The method's own options. Of several methods, every one that has an option of this name gets it.
 
     Raises
     ------
@@ -44,16 +51,20 @@ class PruneConfig:
         At construction, for any value that cannot be used.
     """
 
-    method: str = "idpruner"
-    keep: float | int = 0.25
+    method: str | Sequence[str] = "idpruner"
+    keep: float | int | Sequence[float | int] = 0.25
     positions: str = "original"
     scope: str = "per_image"
-    allocation: str = "equal"
+    allocation: str = "auto"
     restore: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, str):
+        if isinstance(self.method, list | tuple):
+            if len(self.method) < 2 or not all(isinstance(name, str) for name in self.method):
+                raise ConfigError(f"method={self.method!r} is no list of names; give a method's name, or two and more")
+            object.__setattr__(self, "method", tuple(self.method))
+        elif not isinstance(self.method, str):
             raise ConfigError(f"method={self.method!r} is a {type(self.method).__name__}; give a method's name")
         if self.positions not in POSITIONS:
             raise ConfigError(f"positions={self.positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
@@ -61,15 +72,32 @@ class PruneConfig:
             raise ConfigError(f"restore={self.restore!r} must be True or False")
         if not isinstance(self.options, dict):
             raise ConfigError(f"options={self.options!r} must be a dict of the method's options")
-        object.__setattr__(self, "keep", self.budget().keep)
-        self.pruner()
+        if isinstance(self.keep, list | tuple) and not isinstance(self.method, str):
+            object.__setattr__(self, "keep", check_keeps(self.keep, len(self.method)))
+        else:
+            object.__setattr__(self, "keep", Budget(self.keep).keep)  # type: ignore[arg-type]
+        pruner = self.pruner()
+        if self.allocation == "auto":
+            object.__setattr__(self, "allocation", pruner.allocation)
+        self.budget()
 
     def budget(self) -> Budget:
-        return Budget(self.keep, self.scope, self.allocation)
+        """What the last method leaves."""
+        keep = self.keep
+        if isinstance(keep, Sequence):
+            keep = keep[-1] if isinstance(keep[-1], int) else float(math.prod(keep))
+        return Budget(keep, self.scope, self.allocation)
 
     def pruner(self) -> Pruner:
         """A new pruner with these options."""
-        return build(self.method, self.options)
+        if isinstance(self.method, str):
+            return build(self.method, self.options)
+        return compose(self.method, tuple(self.keep) if isinstance(self.keep, Sequence) else (), self.options)
+
+    @property
+    def label(self) -> str:
+        """The method's name, or those of several methods."""
+        return self.method if isinstance(self.method, str) else " + ".join(self.method)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

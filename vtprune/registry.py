@@ -44,6 +44,8 @@ class Pruner:
     modality: ClassVar[frozenset[str]] = frozenset({"image", "video"})
     #: One or two words on how it chooses, for tables.
     mechanism: ClassVar[str] = ""
+    #: The allocation (see `Budget`) that it takes where nobody asks for another.
+    allocation: ClassVar[str] = "equal"
 
     @property
     def needs(self) -> frozenset[Probe]:

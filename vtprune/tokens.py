@@ -44,6 +44,7 @@ class Probe:
 
 CLS_ROW = Probe("cls_row")
 CLS_LOGITS = Probe("cls_row", softmax=False)
+LAST_CLS_LOGITS = Probe("cls_row", layer=-1, softmax=False)
 PRE_PROJECTOR = Probe("pre_projector")
 
 

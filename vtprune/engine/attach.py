@@ -152,8 +152,9 @@ class Engine:
                     f"{self.family.label} encoder does not have; choose another method"
                     + (" or importance='auto'" if probe.name == "cls_row" else "")
                 )
-        wanted = pruner.needs | {p for p in pruner.wants if self.family.has_probe(p)}
-        job = Job(config, pruner, config.budget(), stages, wanted)
+        budget = config.budget()
+        wanted = pruner.needs | {p for p in pruner.wants | budget.wants if self.family.has_probe(p)}
+        job = Job(config, pruner, budget, stages, wanted)
         self.tap.hook(wanted)
         if job.layer_stages:
             self._hook_layers(min(job.layer_stages))
@@ -296,9 +297,9 @@ class Engine:
 
     def _note_nothing_dropped(self, job: Job, largest: int) -> None:
         self.fired = True  # it did what it was told to
-        if isinstance(job.config.keep, int) and largest:
+        if isinstance(job.budget.keep, int) and largest:
             warnings.warn(
-                f"keep={job.config.keep} is not below the {largest} visual tokens of any image: all are kept; give a "
+                f"keep={job.budget.keep} is not below the {largest} visual tokens of any image: all are kept; give a "
                 "smaller number, or a fraction",
                 VTPruneWarning,
                 stacklevel=2,

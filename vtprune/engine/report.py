@@ -83,7 +83,7 @@ class Report:
     """
 
     method: str
-    keep: float | int
+    keep: float | int | Sequence[float | int]
     samples: int
     images: tuple[ImageReport, ...]
     tokens_in: int
@@ -175,13 +175,14 @@ def make_report(
         for start, end, step in zip(borders[:-1], borders[1:], steps, strict=True)
         for n in step
     )
+    keep = config.budget().keep
     notes = [
-        f"keep={config.keep} is more than the {m.tokens_in} tokens of image {i}: all kept"
+        f"keep={keep} is more than the {m.tokens_in} tokens of image {i}: all kept"
         for i, m in enumerate(images)
-        if isinstance(config.keep, int) and config.keep > m.tokens_in
+        if isinstance(keep, int) and keep > m.tokens_in
     ]
     return Report(
-        method=config.method,
+        method=config.label,
         keep=config.keep,
         samples=len(rows),
         images=tuple(images),

@@ -1,6 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """The built-in methods. Importing this package registers them."""
 
-from . import divprune, grid, idpruner, norm, random
+from . import (
+    cdpruner,
+    dart,
+    divprune,
+    globalcom2,
+    grid,
+    hiprune,
+    idpruner,
+    norm,
+    pool,
+    prumerge,
+    random,
+    scope,
+    tome,
+    visionzip,
+    vispruner,
+    zoo,
+)
 
-__all__ = ["divprune", "grid", "idpruner", "norm", "random"]
+__all__ = [
+    "cdpruner",
+    "dart",
+    "divprune",
+    "globalcom2",
+    "grid",
+    "hiprune",
+    "idpruner",
+    "norm",
+    "pool",
+    "prumerge",
+    "random",
+    "scope",
+    "tome",
+    "visionzip",
+    "vispruner",
+    "zoo",
+]

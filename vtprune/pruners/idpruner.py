@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from ..budget import Budget
 from ..errors import ConfigError
@@ -12,6 +16,9 @@ from ..kernels import reference
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
 from . import importance
+from . import scorer as trained
+
+NORMS = ("raw_minmax", "soft_topk_minmax")
 
 
 @register("idpruner")
@@ -24,25 +31,32 @@ class IDPruner(Pruner):
 
     Paper: arXiv:2602.13315. Deviations:
 
-    - The paper takes importance from a trained scorer. Here it is training-free: what the vision encoder's CLS token
-      attends to, or, without one, how unlike the mean of its image a token is. CLS attention is taken before the
-      softmax, because the min-max below would let its few largest values squeeze all others together.
-    - The paper normalises importance and selects over all visual tokens of the prompt. Here both happen in each pool of
-      the budget: per image by default (per view and frame with ``allocation="equal"``), over the prompt with
-      ``scope="joint"``.
-    - Importance is mapped to [0, 1] from its raw values, as in the authors' code (the paper's text passes it through a
-      soft top-k first), but in fp32, because bf16 makes ties. Ties go to the lowest index.
+    - The paper takes importance from a trained scorer (``importance="scorer"``). The default is training-free: what the
+      vision encoder's CLS token attends to, or, without one, how unlike the mean of its image a token is. CLS attention
+      is taken before the softmax, because the min-max below would let its few largest values squeeze all others
+      together.
+    - The paper scores, normalises importance and selects over all visual tokens of the prompt. Here all three happen in
+      each pool of the budget: per image by default (per view and frame with ``allocation="equal"``), over the prompt
+      with ``scope="joint"``.
+    - Importance is mapped to [0, 1] from its raw values, as in the authors' code, but in fp32, because bf16 makes ties.
+      The paper's text passes it through a soft top-k first: ``importance_norm="soft_topk_minmax"``. Ties go to the
+      lowest index.
     - The authors keep ``round(N * keep)`` tokens; here the budget's own rounding applies.
 
     Parameters
     ----------
     importance
-        ``"cls_logits"`` and ``"cls"`` (CLS attention before and after the softmax), ``"norm"`` (L2), or ``"auto"``:
-        ``"cls_logits"`` where the encoder has a CLS token, else minus the cosine to the image's mean.
+        ``"cls_logits"`` and ``"cls"`` (CLS attention before and after the softmax), ``"norm"`` (L2), ``"zoo"`` (see
+        `ZooPruner`), ``"scorer"`` (trained, see `Scorer`), or ``"auto"``: ``"cls_logits"`` where the encoder has a CLS
+        token, else minus the cosine to the image's mean.
     mmr_lambda
         In [0, 1]; 1 is importance alone, 0 is diversity alone.
     parallel_k
         Tokens per greedy round; more is faster and less diverse.
+    importance_norm
+        ``"raw_minmax"``, or ``"soft_topk_minmax"``: the soft top-k of a fifth of the tokens first.
+    scorer
+        Safetensors file of the scorer's weights, for ``importance="scorer"``.
     """
 
     paper = "arXiv:2602.13315"
@@ -51,11 +65,23 @@ class IDPruner(Pruner):
     importance: str = "auto"
     mmr_lambda: float = 0.5
     parallel_k: int = 1
+    importance_norm: str = "raw_minmax"
+    scorer: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.importance, str) or self.importance not in importance.SOURCES:
-            known = ", ".join(importance.SOURCES)
-            raise ConfigError(f"importance={self.importance!r} is unknown; choose one of {known}")
+        sources = (*importance.SOURCES, "scorer")
+        if self.importance not in sources:
+            raise ConfigError(f"importance={self.importance!r} is unknown; choose one of {', '.join(sources)}")
+        if self.importance_norm not in NORMS:
+            raise ConfigError(f"importance_norm={self.importance_norm!r} is unknown; choose one of {', '.join(NORMS)}")
+        if (self.importance == "scorer") != (self.scorer is not None):
+            raise ConfigError(
+                f'importance={self.importance!r} and scorer={self.scorer!r} do not go together: importance="scorer" '
+                "needs the path of its weights, and nothing else does"
+            )
+        if self.scorer is not None:
+            self.training_free = False  # type: ignore[misc]  # of this one, not of the method
+            trained.load(self.scorer)  # refuse a broken file now
         lam = self.mmr_lambda
         if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam) or not 0 <= lam <= 1:
             raise ConfigError(f"mmr_lambda={lam!r} is no weight; give a number from 0 (diversity) to 1 (importance)")
@@ -71,8 +97,22 @@ class IDPruner(Pruner):
         return importance.WANTS.get(self.importance, frozenset())
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
-        scores, source = importance.SOURCES[self.importance](tokens)
         pools = budget.pools(tokens)
+        scores, source = self._importance(tokens, pools.lens)
+        if self.importance_norm == "soft_topk_minmax":
+            scores = trained.soften(scores, pools.lens)
         scores = reference.minmax(scores, pools.lens)
         order = reference.mmr(tokens.features, scores, pools.lens, pools.counts, self.mmr_lambda, self.parallel_k)
         return Selection.from_order(order, tokens, importance=source)
+
+    def _importance(self, tokens: VisualTokens, lens: Sequence[int]) -> tuple[Tensor, str]:
+        if self.scorer is None:
+            return importance.SOURCES[self.importance](tokens)
+        scorer, width = trained.load(self.scorer, str(tokens.device)), tokens.features.shape[1]
+        if scorer.query.in_features != width:
+            raise ConfigError(
+                f"the scorer {self.scorer} is for tokens of width {scorer.query.in_features}, these have {width}; give "
+                "one that was trained for this model"
+            )
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            return scorer(tokens.features, lens), "scorer"

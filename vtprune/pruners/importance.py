@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How important is each visual token? Sources that methods share; each gives fp32 scores and the name of what was used.
 
-A new source (for example a trained scorer) is one more entry in `SOURCES`.
+A new source is one more entry in `SOURCES`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..tokens import CLS_LOGITS, CLS_ROW, Probe, VisualTokens
+from ..tokens import CLS_LOGITS, CLS_ROW, PRE_PROJECTOR, Probe, VisualTokens
+from .zoo import ZooPruner
 
 
 def _per_image(tokens: VisualTokens) -> Iterator[tuple[slice, Tensor]]:
@@ -64,6 +65,11 @@ def minus_cosine_to_mean(tokens: VisualTokens) -> tuple[Tensor, str]:
     return scores, "minus_cosine_to_mean"
 
 
+def zoo(tokens: VisualTokens) -> tuple[Tensor, str]:
+    """Sensitivity of the projector to small steps of the token, as ZOO-Prune estimates it by default."""
+    return ZooPruner().score(tokens), "zoo"
+
+
 def auto(tokens: VisualTokens) -> tuple[Tensor, str]:
     """`cls_logits` where the encoder has a CLS token, else `minus_cosine_to_mean`."""
     return cls_logits(tokens) if CLS_LOGITS in tokens.probes else minus_cosine_to_mean(tokens)
@@ -75,7 +81,12 @@ SOURCES: dict[str, Callable[[VisualTokens], tuple[Tensor, str]]] = {
     "cls_logits": cls_logits,
     "cls": cls,
     "norm": norm,
+    "zoo": zoo,
 }
 #: Probes without which a source cannot work, and those that it uses where they exist.
-NEEDS: dict[str, frozenset[Probe]] = {"cls": frozenset({CLS_ROW}), "cls_logits": frozenset({CLS_LOGITS})}
+NEEDS: dict[str, frozenset[Probe]] = {
+    "cls": frozenset({CLS_ROW}),
+    "cls_logits": frozenset({CLS_LOGITS}),
+    "zoo": frozenset({PRE_PROJECTOR}),
+}
 WANTS: dict[str, frozenset[Probe]] = {"auto": frozenset({CLS_LOGITS})}
