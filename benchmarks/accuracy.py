@@ -32,8 +32,8 @@ from vtprune.models import find_family
 KEEPS = ("1/2", "1/4", "1/9", "1/18")
 CONTROLS = ("dense", "blank", "question-only", "downsample")
 METHODS = (
-    *("random", "grid", "norm", "divprune"),
-    *("idpruner importance=norm", "idpruner importance=cls", "idpruner"),
+    *("random", "grid", "pool", "norm", "tome", "dart", "prumerge+", "hiprune", "visionzip", "vispruner", "scope"),
+    *("divprune", "cdpruner", "zoo", "globalcom2", "idpruner importance=norm", "idpruner"),
 )
 #: What the results call a control.
 NAMES = {"downsample": "downsampled picture"}

@@ -17,6 +17,7 @@ from . import (
     tome,
     visionzip,
     vispruner,
+    worst,
     zoo,
 )
 
@@ -36,5 +37,6 @@ __all__ = [
     "tome",
     "visionzip",
     "vispruner",
+    "worst",
     "zoo",
 ]

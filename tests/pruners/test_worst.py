@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bottom-k control keeps the other end of what a method would keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import make_tokens
+
+import vtprune
+from vtprune.budget import Budget
+from vtprune.errors import ConfigError
+from vtprune.registry import build
+
+
+def test_of_a_score_the_lowest_stay_and_broken_rows_are_the_lowest() -> None:
+    features = torch.tensor([[3.0], [1.0], [2.0], [1.0], [torch.nan], [5.0]])
+    tokens = make_tokens([[[(1, 4)], [(1, 2)]]], features=features)
+    selection = build("worst", {"of": "norm"}).select(tokens, Budget(0.5))
+    assert selection.order.tolist() == [1, 3, 4] and selection.info == {"of": "norm"}
+
+
+@pytest.mark.parametrize("of", ["divprune", "idpruner", "cdpruner", "scope"])
+def test_of_a_greedy_method_the_last_picks_stay(of: str) -> None:
+    tokens = make_tokens([[[(5, 5)], [(3, 4)]], [[(2, 3)]]], cls_row=True)
+    every = build(of, {}).select(tokens, Budget(1.0)).order.tolist()
+    worst = build("worst", {"of": of}).select(tokens, Budget(3)).order.tolist()
+    assert worst == [*every[24:21:-1], *every[36:33:-1], *every[42:39:-1]]
+
+
+def test_it_is_what_the_other_method_is() -> None:
+    control = build("worst", {"of": "cdpruner"})
+    assert control.query_aware and not build("worst", {}).query_aware
+    assert build("worst", {"of": "zoo"}).needs == build("zoo", {}).needs
+
+
+def test_methods_without_an_order_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown method 'nrom'"):
+        build("worst", {"of": "nrom"})
+    with pytest.raises(ConfigError, match="the control itself"):
+        build("worst", {"of": "worst"})
+    with pytest.raises(ConfigError, match="of='dart' does not order all tokens"):
+        vtprune.select(make_tokens([[[(5, 5)]]]), "worst", of="dart", keep=3)
