@@ -83,6 +83,8 @@ def test_the_tables_of_the_readme_are_the_committed_results() -> None:
         rows = {(r["method"], r["keep"]): r for r in csv.DictReader(file)}
     dense = rows.pop(("dense", "1"))
     assert found["all 576 tokens"][0] == f"{float(dense['accuracy']):.3f}"
+    for shown, control in {"a grey picture": ("blank", "1"), "no picture": ("question-only", "0")}.items():
+        assert found[shown][0] == f"{float(rows.pop(control)['accuracy']):.3f}"
     for (method, keep), row in rows.items():
         time = f"{float(row['prefill_ms']) / float(dense['prefill_ms']):.2f}"
         shown = next(r[1:] for r in cells if r[0] == method and len(r) == 5 and r[1][0] == "0")

@@ -220,8 +220,9 @@ def evaluate(
     from .eval import get, run, summarise, to_csv, to_markdown
     from .eval.runner import combinations
 
-    for task in tasks:
-        get(task)
+    for task in map(get, tasks):
+        if split not in task.splits:
+            raise ConfigError(f"{task.name} has no split {split!r}; choose --split {' or '.join(task.splits)}")
     combinations(method, keep)
     with _quiet(False) as say:
         say(f"loading {model}")

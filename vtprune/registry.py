@@ -44,6 +44,8 @@ class Pruner:
     modality: ClassVar[frozenset[str]] = frozenset({"image", "video"})
     #: One or two words on how it chooses, for tables.
     mechanism: ClassVar[str] = ""
+    #: Orders all tokens from best to worst, so that its worst can be asked for.
+    ordered: ClassVar[bool] = True
     #: The allocation (see `Budget`) that it takes where nobody asks for another.
     allocation: ClassVar[str] = "equal"
 
@@ -128,7 +130,7 @@ def build(method: str, options: dict[str, Any]) -> Pruner:
         Unknown method or option (with the nearest known one), or a value that the method refuses.
     """
     table = methods()
-    if method not in table:
+    if not isinstance(method, str) or method not in table:
         raise ConfigError(
             f"unknown method {method!r}{nearest(str(method), list(table))}; known methods: {', '.join(table)}"
         )

@@ -173,6 +173,7 @@ def test_another_model_is_refused(pocket: Pocket, whole: Path, tmp_path: Path) -
         (["norm power"], ["1/4"], "key=value"),
         (["norm power=2"], ["1/4"], "has no option"),
         (["dense keep=1"], ["1/4"], "control without options"),
+        (["norm keep=0.5"], ["1/4"], "not an option of a method"),
         (["downsample"], ["2.5"], "outside"),
         ([""], ["1/4"], "is not a control"),
         (["norm", " norm"], ["1/4"], "twice"),
@@ -181,6 +182,23 @@ def test_another_model_is_refused(pocket: Pocket, whole: Path, tmp_path: Path) -
 def test_mistakes(methods: list[str], keeps: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         runner.combinations(methods, keeps)
+
+
+def test_files_of_others_and_other_splits_are_left_alone(pocket: Pocket, whole: Path, tmp_path: Path) -> None:
+    model, processor = pocket
+    notes, copy = tmp_path / "notes.txt", tmp_path / "copy.jsonl"
+    notes.write_text("precious notes")
+    copy.write_bytes(whole.read_bytes())
+    settings = {**SETTINGS, "split": "train"}
+    for out, given, words in (
+        (notes, SETTINGS, "not a file of results"),
+        (tmp_path, SETTINGS, "is a folder"),
+        (copy, settings, "written with split="),
+        (tmp_path / "new.jsonl", {**SETTINGS, "split": "dev"}, "has no split 'dev'; choose one of train, val, test"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            runner.run(model, processor, ["pocketvqa/basic"], ["dense"], [], out, **given)
+    assert notes.read_text() == "precious notes" and copy.read_bytes() == whole.read_bytes()
 
 
 def test_labels() -> None:

@@ -113,3 +113,11 @@ def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     pruner = build("idpruner", {"importance": "scorer", "scorer": saved(tmp_path, 16)})
     with pytest.raises(ConfigError, match="width 16, these have 8"):
         pruner.select(make_tokens([[[(3, 3)]]]), Budget(2))
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    first = load(path)
+    assert load(path) is first
+    save_file({name: tensor + 1 for name, tensor in first.state_dict().items()}, path)
+    assert float(load(path).query.bias[0]) == pytest.approx(float(first.query.bias[0]) + 1)

@@ -30,7 +30,7 @@ from .table import Row, read, summarise
 from .tasks import Example, Task, get
 
 #: What must not change while a file is being written: numbers from both sides would stand in one table.
-FIXED = ("model", "weights_sha256", "dtype", "device", "torch", "transformers", "batch")
+FIXED = ("model", "weights_sha256", "dtype", "device", "torch", "transformers", "batch", "split", "seed")
 #: Budget on the rows of controls that have none.
 UNPRUNED = {"dense": "1", "blank": "1", "question-only": "0"}
 #: Controls that have no use for the encoding of the pictures as they are.
@@ -68,6 +68,8 @@ class Method:
         options: dict[str, Any] = {}
         for pair in pairs:
             key, equals, value = pair.partition("=")
+            if name not in CONTROLS and key in ("keep", "method", "restore"):
+                raise ConfigError(f"{pair!r} in {text!r} is not an option of a method; budgets are given apart")
             if not key or not equals:
                 raise ConfigError(f"{pair!r} in {text!r} is not of the form key=value, for example importance=norm")
             try:
@@ -247,12 +249,15 @@ def run(
     family = find_family(model)
     chosen = [get(task) if isinstance(task, str) else task for task in tasks]
     wanted = combinations(methods, keeps)
+    _check_splits(chosen, split)
     if count < 1 or batch < 1:
         raise ConfigError(f"count={count} and batch={batch} must be at least 1")
     asked = [{"task": task.name, "split": split, "count": count, "seed": seed} for task in chosen]
     header = {
         **provenance(model, name, commit),
         "batch": batch,
+        "split": split,
+        "seed": seed,
         "tasks": asked,
         "methods": [*methods],
         "keeps": [*keeps],
@@ -270,7 +275,8 @@ def run(
                     (method.label, keep): {e.id for e in examples if (task.name, method.label, keep, e.id) not in done}
                     for method, keep in wanted
                 }
-                # A batch that lacks a row is run as a whole: its padding, and so its numbers, are always the same.
+                # A batch that lacks a row is run as a whole: its padding, and so its numbers, stay the same. (The last
+                # batch of a run is an exception when the next run asks more questions.)
                 todo = [(method, keep) for method, keep in wanted if missing[method.label, keep]]
                 if not todo:
                     continue
@@ -284,6 +290,12 @@ def run(
                     _write(file, new)
                     rows += new
     return rows
+
+
+def _check_splits(chosen: Sequence[Task], split: str) -> None:
+    for task in chosen:
+        if split not in task.splits:
+            raise ConfigError(f"{task.name} has no split {split!r}; choose one of {', '.join(task.splits)}")
 
 
 def _batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
@@ -315,16 +327,20 @@ def _write(file: Any, rows: Sequence[Row]) -> None:
 
 def _resume(out: Path, header: Row) -> tuple[list[Row], list[Row]]:
     """What the file holds. A last line that was cut off is taken away."""
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; give a file for the results")
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist; create it first")
     if not out.exists():
         return [], []
     whole = out.read_bytes()
+    if whole and not whole.startswith(b'{"type": "run"'):
+        raise ConfigError(f"{out} is not a file of results, and is left as it is; choose another file")
+    headers, rows = read(out)
     end = whole.rfind(b"\n") + 1
     if end < len(whole):
         with out.open("r+b") as file:
             file.truncate(end)
-    headers, rows = read(out)
     for old in headers:
         for key in FIXED:
             if old.get(key) != header[key]:
@@ -409,8 +425,7 @@ def evaluate(
     """
     from ..models.loading import load
 
-    for task in tasks:
-        get(task)
+    _check_splits([get(task) for task in tasks], split)
     combinations(methods, keeps)
     net, processor = load(model, device=device, dtype=dtype or torch.float32)
     rows = run(

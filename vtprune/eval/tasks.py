@@ -85,11 +85,14 @@ class Task:
         count begins with the same examples.
     max_new_tokens
         Longest answer, its end included.
+    splits
+        What `split` may be.
     """
 
     name: str
     examples: Callable[[str, int, int], Iterator[Example]]
     max_new_tokens: int = 8
+    splits: tuple[str, ...] = ("train", "val", "test")
 
 
 def register(task: Task) -> Task:
@@ -180,4 +183,4 @@ def _easyvqa(split: str, count: int, seed: int) -> Iterator[Example]:
 
 for _world in ("basic", "extended", "hires", "pair", "icl", "video"):
     register(_pocketvqa(_world))
-register(Task("easy-vqa", _easyvqa))
+register(Task("easy-vqa", _easyvqa, splits=("train", "test")))

@@ -41,6 +41,7 @@ class DartPruner(Pruner):
 
     paper = "arXiv:2502.11494"
     mechanism = "duplication of pivots"
+    ordered = False
 
     pivots: int = 8
     layer: int | None = None

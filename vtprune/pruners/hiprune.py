@@ -39,29 +39,40 @@ class HiPrunePruner(Pruner):
     alpha
         Share of the budget for anchors and buffers.
     object_layer
-        The middle layer (0-based; -2 is the last but one).
+        The middle layer (0-based; -2 is the last but one). Default: 8, a third of CLIP ViT-L, where the encoder has so
+        many layers and a CLS token; else anchors come from the deep layer as well, and the report says so.
     """
 
     paper = "arXiv:2508.00553"
     mechanism = "attention of two layers"
+    ordered = False
 
     alpha: float = 0.1
-    object_layer: int = 8
+    object_layer: int | None = None
 
     def __post_init__(self) -> None:
         common.share("alpha", self.alpha)
-        common.count("object_layer", self.object_layer, -1000)
+        if self.object_layer is not None:
+            common.count("object_layer", self.object_layer, -1000)
+
+    @property
+    def _middle(self) -> Probe:
+        return Probe("cls_row", 8 if self.object_layer is None else self.object_layer)
+
+    @property
+    def needs(self) -> frozenset[Probe]:
+        return frozenset() if self.object_layer is None else frozenset({self._middle})
 
     @property
     def wants(self) -> frozenset[Probe]:
-        return frozenset({CLS_ROW, Probe("cls_row", self.object_layer)})
+        return frozenset({CLS_ROW, self._middle})
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         lens, counts = budget.pools(tokens)
         pools = reference._pools(tokens.features, lens, counts)
         deep, source = common.attention(tokens)
-        middle = tokens.probes.get(Probe("cls_row", self.object_layer))
-        info = {"importance": source, "anchors": source if middle is None else f"cls, layer {self.object_layer}"}
+        middle = tokens.probes.get(self._middle)
+        info = {"importance": source, "anchors": source if middle is None else f"cls, layer {self._middle.layer}"}
         if not pools.counts:
             return common.unordered(tokens.source.new_empty(0), tokens, **info)
         with common.exact(tokens):

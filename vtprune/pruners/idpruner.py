@@ -80,6 +80,8 @@ class IDPruner(Pruner):
                 "needs the path of its weights, and nothing else does"
             )
         if self.scorer is not None:
+            if not isinstance(self.scorer, str):
+                raise ConfigError(f"scorer={self.scorer!r} is a {type(self.scorer).__name__}; give its path as text")
             self.training_free = False  # type: ignore[misc]  # of this one, not of the method
             trained.load(self.scorer)  # refuse a broken file now
         lam = self.mmr_lambda

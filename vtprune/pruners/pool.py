@@ -28,6 +28,7 @@ class PoolPruner(Pruner):
 
     paper = "baseline"
     mechanism = "average pooling"
+    ordered = False
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         counts = grid._per_segment(tokens.seqlens, budget.pools(tokens))

@@ -46,6 +46,7 @@ class PruMergePlusPruner(Pruner):
 
     paper = "arXiv:2403.15388"
     mechanism = "attention + merging"
+    ordered = False
 
     neighbours: int = 32
 

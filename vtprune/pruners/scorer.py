@@ -66,9 +66,8 @@ class Scorer(nn.Module):
         return torch.cat(scores) if scores else features.new_empty(0, dtype=weight.dtype)
 
 
-@lru_cache(maxsize=8)
 def load(path: str, device: str = "cpu") -> Scorer:
-    """Read a scorer's weights, in fp32; the same object for the same arguments.
+    """Read a scorer's weights, in fp32; the same object while the file stays as it is.
 
     Parameters
     ----------
@@ -85,6 +84,12 @@ def load(path: str, device: str = "cpu") -> Scorer:
     """
     if not Path(path).is_file():
         raise ConfigError(f"there is no scorer {path}; give the path of a safetensors file")
+    at = Path(path).stat()
+    return _load(path, device, at.st_mtime_ns, at.st_size)
+
+
+@lru_cache(maxsize=8)
+def _load(path: str, device: str, *_: int) -> Scorer:
     try:
         state = load_file(path)
     except SafetensorError as error:

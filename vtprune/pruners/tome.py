@@ -42,6 +42,7 @@ class TomePruner(Pruner):
 
     paper = "arXiv:2210.09461"
     mechanism = "merging of similar pairs"
+    ordered = False
 
     rounds: int = 12
 

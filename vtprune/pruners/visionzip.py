@@ -44,6 +44,7 @@ class VisionZipPruner(Pruner):
 
     paper = "arXiv:2412.04467"
     mechanism = "attention + merging"
+    ordered = False
 
     dominant: float = 0.84375
 

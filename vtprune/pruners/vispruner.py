@@ -41,6 +41,7 @@ class VisPruner(Pruner):
 
     paper = "arXiv:2412.01818"
     mechanism = "attention + deduplication"
+    ordered = False
 
     important: float = 0.5
     per_round: int = 8

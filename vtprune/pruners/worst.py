@@ -32,8 +32,7 @@ class WorstPruner(Pruner):
     Raises
     ------
     ConfigError
-        The other method cannot be built, acts inside the language model, or has no order from best to worst (the last
-        is known when it runs).
+        The other method cannot be built, acts inside the language model, or has no order from best to worst.
     """
 
     paper = "baseline"
@@ -45,6 +44,8 @@ class WorstPruner(Pruner):
         if self.of == self.name:
             raise ConfigError(f"of={self.of!r} is the control itself; name the method whose worst tokens should stay")
         self.other = build(self.of, {})
+        if not self.other.ordered:
+            raise ConfigError(f"of={self.of!r} does not order all tokens from best to worst; choose another method")
         if self.other.stages() != (PROJECTOR,):
             raise ConfigError(f"of={self.of!r} acts inside the language model; choose a method that acts before it")
         # What a class says about itself, an instance says here.
@@ -71,7 +72,7 @@ class WorstPruner(Pruner):
             return Selection.from_order(reference.topk(upside_down, pools.lens, pools.counts), tokens, of=self.of)
         every = FixedBudget(1.0, budget.scope, budget.allocation, Pools(pools.lens, pools.lens))
         order = self.other.select(tokens, every, stage).order
-        if order is None or len(order) != sum(pools.lens):
+        if order is None or len(order) != sum(pools.lens):  # another package's method that says it has one
             raise ConfigError(f"of={self.of!r} does not order all tokens from best to worst; choose another method")
         ends = accumulate(pools.lens)
         worst = [order[end - count : end].flip(0) for end, count in zip(ends, pools.counts, strict=True)]
