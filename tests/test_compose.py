@@ -182,7 +182,7 @@ def test_methods_at_different_places_are_refused() -> None:
         (["norm", "grid"], [64, 0.5], "a count belongs to the last method"),
         (["norm", "grid"], [0.5, 0], "keep=0"),
         (["norm", "gird"], 0.5, "did you mean 'grid'"),
-        (["norm"], 0.5, "give a method's name, or two and more"),
+        ([], 0.5, "give a method's name, or several"),
         ("norm", [0.5, 0.5], "keep="),
     ],
 )

@@ -36,7 +36,7 @@ def test_defaults() -> None:
         "keep": 0.25,
         "positions": "original",
         "scope": "per_image",
-        "allocation": "equal",
+        "allocation": "auto",
         "restore": True,
         "options": {},
     }
@@ -50,13 +50,15 @@ def test_what_it_builds() -> None:
 
 
 def test_auto_is_the_allocation_of_the_method() -> None:
-    assert PruneConfig("globalcom2").allocation == "globalcom2"
+    assert PruneConfig("globalcom2").budget().allocation == "globalcom2"
+    assert dataclasses.replace(PruneConfig("norm"), method="globalcom2").budget().allocation == "globalcom2"
     assert PruneConfig("globalcom2", allocation="equal").budget() == Budget(0.25)
-    assert PruneConfig(["globalcom2", "norm"]).allocation == "equal"
-    assert PruneConfig(["norm", "globalcom2"]).allocation == "globalcom2"
+    assert PruneConfig(["globalcom2", "norm"]).budget().allocation == "equal"
+    assert PruneConfig(["norm", "globalcom2"]).budget().allocation == "globalcom2"
 
 
 def test_several_methods() -> None:
+    assert PruneConfig(["norm"]) == PruneConfig("norm")
     config = PruneConfig(["norm", "idpruner"], [0.5, 0.5])
     assert config.method == ("norm", "idpruner") and config.keep == (0.5, 0.5) and config.label == "norm + idpruner"
     assert config.budget() == Budget(0.25)
@@ -81,7 +83,7 @@ def test_missing_keys_take_their_defaults() -> None:
     "field,value",
     [
         *(("keep", v) for v in (0, -1, 1.5, math.nan, True, "0.5", None)),
-        *(("method", v) for v in ("idprunner", "", None, 3, ["norm"], [], ["norm", 3], ["norm", "idprunner"])),
+        *(("method", v) for v in ("idprunner", "", None, 3, [], ["norm", 3], ["norm", "idprunner"])),
         *(("keep", v) for v in ([0.5, 0.5], (0.5,))),
         *(("positions", v) for v in ("Original", "", None, 1)),
         *(("scope", v) for v in ("image", None)),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .budget import Budget
 from .compose import check_keeps, compose
@@ -59,11 +59,14 @@ class PruneConfig:
     restore: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
+    #: The allocation that the method takes where nobody asks for another. Not a field: `replace` works it out again.
+    _own: ClassVar[str] = "equal"
+
     def __post_init__(self) -> None:
         if isinstance(self.method, list | tuple):
-            if len(self.method) < 2 or not all(isinstance(name, str) for name in self.method):
-                raise ConfigError(f"method={self.method!r} is no list of names; give a method's name, or two and more")
-            object.__setattr__(self, "method", tuple(self.method))
+            if not self.method or not all(isinstance(name, str) for name in self.method):
+                raise ConfigError(f"method={self.method!r} is no list of names; give a method's name, or several")
+            object.__setattr__(self, "method", self.method[0] if len(self.method) == 1 else tuple(self.method))
         elif not isinstance(self.method, str):
             raise ConfigError(f"method={self.method!r} is a {type(self.method).__name__}; give a method's name")
         if self.positions not in POSITIONS:
@@ -77,8 +80,7 @@ class PruneConfig:
         else:
             object.__setattr__(self, "keep", Budget(self.keep).keep)  # type: ignore[arg-type]
         pruner = self.pruner()
-        if self.allocation == "auto":
-            object.__setattr__(self, "allocation", pruner.allocation)
+        object.__setattr__(self, "_own", pruner.allocation)
         self.budget()
 
     def budget(self) -> Budget:
@@ -86,7 +88,7 @@ class PruneConfig:
         keep = self.keep
         if isinstance(keep, Sequence):
             keep = keep[-1] if isinstance(keep[-1], int) else float(math.prod(keep))
-        return Budget(keep, self.scope, self.allocation)
+        return Budget(keep, self.scope, self._own if self.allocation == "auto" else self.allocation)
 
     def pruner(self) -> Pruner:
         """A new pruner with these options."""

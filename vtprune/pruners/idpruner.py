@@ -83,7 +83,7 @@ class IDPruner(Pruner):
             if not isinstance(self.scorer, str):
                 raise ConfigError(f"scorer={self.scorer!r} is a {type(self.scorer).__name__}; give its path as text")
             self.training_free = False  # type: ignore[misc]  # of this one, not of the method
-            trained.load(self.scorer)  # refuse a broken file now
+            self.network = trained.load(self.scorer)
         lam = self.mmr_lambda
         if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam) or not 0 <= lam <= 1:
             raise ConfigError(f"mmr_lambda={lam!r} is no weight; give a number from 0 (diversity) to 1 (importance)")
@@ -110,7 +110,7 @@ class IDPruner(Pruner):
     def _importance(self, tokens: VisualTokens, lens: Sequence[int]) -> tuple[Tensor, str]:
         if self.scorer is None:
             return importance.SOURCES[self.importance](tokens)
-        scorer, width = trained.load(self.scorer, str(tokens.device)), tokens.features.shape[1]
+        scorer, width = self.network.to(tokens.device), tokens.features.shape[1]
         if scorer.query.in_features != width:
             raise ConfigError(
                 f"the scorer {self.scorer} is for tokens of width {scorer.query.in_features}, these have {width}; give "

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -66,16 +65,14 @@ class Scorer(nn.Module):
         return torch.cat(scores) if scores else features.new_empty(0, dtype=weight.dtype)
 
 
-def load(path: str, device: str = "cpu") -> Scorer:
-    """Read a scorer's weights, in fp32; the same object while the file stays as it is.
+def load(path: str) -> Scorer:
+    """Read a scorer's weights, in fp32 on the CPU.
 
     Parameters
     ----------
     path
         A safetensors file with ``query.weight`` and ``key.weight`` ``[hidden, D]`` and ``query.bias`` and ``key.bias``
         ``[hidden]``, and nothing else.
-    device
-        Where it works.
 
     Raises
     ------
@@ -84,12 +81,6 @@ def load(path: str, device: str = "cpu") -> Scorer:
     """
     if not Path(path).is_file():
         raise ConfigError(f"there is no scorer {path}; give the path of a safetensors file")
-    at = Path(path).stat()
-    return _load(path, device, at.st_mtime_ns, at.st_size)
-
-
-@lru_cache(maxsize=8)
-def _load(path: str, device: str, *_: int) -> Scorer:
     try:
         state = load_file(path)
     except SafetensorError as error:
@@ -104,7 +95,7 @@ def _load(path: str, device: str, *_: int) -> Scorer:
         odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
         raise ConfigError(f"{path} holds no scorer: {', '.join(odd[:4])} are missing, unknown or of another shape")
     scorer.load_state_dict(state)
-    return scorer.requires_grad_(False).eval().to(device)
+    return scorer.requires_grad_(False).eval()
 
 
 def soft_topk(scores: Tensor, count: float | Tensor) -> Tensor:
