@@ -217,31 +217,14 @@ def evaluate(
     table: Annotated[Path | None, typer.Option(help="Also write the table as CSV.", show_default=False)] = None,
 ) -> None:
     """Measure accuracy: tasks x methods x budgets, with 95% intervals, beside honest controls."""
-    from .eval import get, run, summarise, to_csv, to_markdown
-    from .eval.runner import combinations
+    from .eval import evaluate as run
+    from .eval import to_csv, to_markdown
 
-    for task in map(get, tasks):
-        if split not in task.splits:
-            raise ConfigError(f"{task.name} has no split {split!r}; choose --split {' or '.join(task.splits)}")
-    combinations(method, keep)
     with _quiet(False) as say:
-        say(f"loading {model}")
-        net, processor = _load(model, device, "float32")  # bf16 flips answers
-        rows = run(
-            net,
-            processor,
-            tasks,
-            method,
-            keep,
-            out,
-            split=split,
-            count=count,
-            seed=seed,
-            batch=batch,
-            name=model,
-            say=say,
+        _ready(device)
+        summary = run(
+            model, tasks, method, keep, out, split=split, count=count, seed=seed, batch=batch, device=device, say=say
         )
-    summary = summarise(rows)
     if table is not None:
         to_csv(summary, table)
     print(to_markdown(summary))
@@ -319,6 +302,16 @@ def _load(model: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     """The model and its processor, loaded without a word from the libraries below."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    _ready(device)
+    import torch
+
+    import vtprune
+
+    return vtprune.load(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
+
+
+def _ready(device: str | None) -> None:
+    """Refuse a device that cannot be used, and silence the libraries that load models."""
     import torch
     import transformers
 
@@ -329,10 +322,6 @@ def _load(model: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f"--device {device} cannot be used ({_first_line(error)}); try --device cpu") from None
-
-    import vtprune
-
-    return vtprune.load(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
 
 
 def _first_line(error: BaseException) -> str:

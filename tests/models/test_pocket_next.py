@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from vtprune.models.pocket import data, export, next, vocab
-from vtprune.models.pocket.model import PIXEL_STD, llava_config
+from vtprune.models.pocket.model import PIXEL_STD, clip_features, llava_config
 
 # The third is padded by half a crop at each side; the last is not a whole number of patches, and is cut a little.
 SIZES = [(672, 672), (560, 672), (336, 336), (672, 448), (336, 1008), (784, 336), (672, 533)]
@@ -89,7 +90,7 @@ def test_training_sees_what_the_stock_model_sees(model, processor, size):
     assert levels.max() < 2
     assert levels.mean() < 0.5
 
-    visual, patches, pooled = next.see(model, inputs["pixel_values"], layout)
+    visual, patches, pooled = next.see(model, inputs["pixel_values"], layout, partial(clip_features, model))
     assert patches.shape == (1, layout.views, 576, 32)
     assert pooled.shape == (1, layout.views, 32)
     stock = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])

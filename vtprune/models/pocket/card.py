@@ -310,6 +310,10 @@ def model_card(name: str, log: Sequence[dict[str, Any]], parameters: int, size: 
         f"{minutes:.0f} minutes in all, compilation and validation included, on one GPU: {where}. Prompts are counted "
         "by the log's pace. `train_log.jsonl` is the whole log."
     )
+    # What happened to this run that the recipe does not say, written into the log by hand.
+    for row in log:
+        if row.get("event") == "note":
+            spent += "\n\n" + _prose(row["text"])
     limits = "\n".join(_prose(f"- {line}", "  ") for line in (*LIMITS, *about.limits))
     return f"""\
 ---

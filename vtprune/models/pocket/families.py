@@ -21,7 +21,7 @@ from . import next as anyres
 from . import qwen, vocab
 from .batch import PATCH, PATCHES
 from .data import CELL
-from .model import PIXEL_MEAN, PIXEL_STD, llava_config
+from .model import PIXEL_MEAN, PIXEL_STD, clip_features, llava_config
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ class Llava(Family):
         return Span((), vocab.IMAGE, PATCHES, ())
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.model.model.vision_tower(pixel_values=pixels, output_hidden_states=True)
-        return out.hidden_states[self.model.config.vision_feature_layer][:, 1:], out.pooler_output
+        return clip_features(self.model, pixels)
 
     def look(self, pixels: Tensor, geometry: Geometry, see: Callable[..., Any]) -> Seen:
         patches, pooled = see(_normalise(pixels))
@@ -125,17 +124,12 @@ class LlavaNext(Llava):
 
     def look(self, pixels: Tensor, geometry: Geometry, see: Callable[..., Any]) -> Seen:
         layout = anyres.layout_of(geometry.rows * CELL, geometry.columns * CELL, pixels.device)
-        views = anyres.views(pixels, layout)
-        patches, pooled = see(views.flatten(0, 1))
-        inner = self.model.model
-        visual = inner.multi_modal_projector(patches).unflatten(0, views.shape[:2])
+        visual, patches, pooled = anyres.see(self.model, anyres.views(pixels, layout), layout, see)
         # The thumbnail of a square picture shows it at half its size: there its patches have targets.
         square = geometry.rows == geometry.columns == 12
-        assembled = anyres.assemble(visual, inner.image_newline, layout)
         if not square:
-            return Seen(assembled)
-        thumbnail, whole = (x.unflatten(0, views.shape[:2])[:, 0] for x in (patches, pooled))
-        return Seen(assembled, thumbnail, 2 * PATCH, whole)
+            return Seen(visual)
+        return Seen(visual, patches[:, 0], 2 * PATCH, pooled[:, 0])
 
 
 class Qwen(Family):

@@ -67,6 +67,18 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+def clip_features(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the CLIP tower of a LLaVA or LLaVA-NeXT makes of pictures [P, 3, 336, 336], normalised.
+
+    Returns
+    -------
+    tuple of Tensor
+        Features of the patches [P, 576, width], from the layer that the projector reads; pooled CLS [P, width].
+    """
+    out = model.model.vision_tower(pixel_values=pixels, output_hidden_states=True)
+    return out.hidden_states[model.config.vision_feature_layer][:, 1:], out.pooler_output
+
+
 class Heads(nn.Module):
     """Linear heads on the visual features that teach the encoder what it sees; thrown away after training."""
 

@@ -9,7 +9,7 @@ needs one index into tensors of fixed shape.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -208,7 +208,12 @@ def assemble(features: Tensor, newline: Tensor, layout: Layout) -> Tensor:
     return torch.cat([features.flatten(1, 2), last], 1).index_select(1, layout.source)
 
 
-def see(model: LlavaNextForConditionalGeneration, pixels: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def see(
+    model: LlavaNextForConditionalGeneration,
+    pixels: Tensor,
+    layout: Layout,
+    tower: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the vision tower and the projector on pictures of one size.
 
     Parameters
@@ -219,6 +224,8 @@ def see(model: LlavaNextForConditionalGeneration, pixels: Tensor, layout: Layout
         float [P, views, 3, 336, 336], from ``views``.
     layout
         From ``layout_of``, on the same device.
+    tower
+        ``model.clip_features`` of this network, perhaps compiled.
 
     Returns
     -------
@@ -227,13 +234,12 @@ def see(model: LlavaNextForConditionalGeneration, pixels: Tensor, layout: Layout
         from; pooled CLS [P, views, W].
     """
     inner, shape = model.model, pixels.shape[:2]
-    out = inner.vision_tower(pixel_values=pixels.flatten(0, 1), output_hidden_states=True)
-    patches = out.hidden_states[model.config.vision_feature_layer][:, 1:]
+    patches, pooled = tower(pixels.flatten(0, 1))
     visual = inner.multi_modal_projector(patches).unflatten(0, shape)
     return (
         assemble(visual, inner.image_newline, layout),
         patches.unflatten(0, shape),
-        out.pooler_output.unflatten(0, shape),
+        pooled.unflatten(0, shape),
     )
 
 
