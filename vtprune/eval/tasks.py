@@ -181,6 +181,6 @@ def _easyvqa(split: str, count: int, seed: int) -> Iterator[Example]:
         yield Example("easy-vqa", f"easy-vqa/{split}/{index}", kind, (message,), answer)
 
 
-for _world in ("basic", "extended", "hires", "pair", "icl", "video"):
+for _world in ("basic", "extended", "clutter", "hires", "pair", "icl", "video"):
     register(_pocketvqa(_world))
 register(Task("easy-vqa", _easyvqa, splits=("train", "test")))

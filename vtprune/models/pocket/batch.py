@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,7 +60,7 @@ def picture_arrays(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     dict
         ``what`` int64 [P, R * C]: -1 for an empty cell, ``3 * shape + size``, 24 for a text, 25 and up for a sprite;
         ``color`` int64 [P, R * C] and ``rgb`` uint8 [P, R * C, 3]; ``chars`` int64 [P, R * C, 3], -1 without a text;
-        ``corners`` float32 [P, 3, 2, 2].
+        ``corners`` float32 [P, 3, n, n], n the largest side among the scenes' background grids.
     """
     batch, cells = len(scenes), scenes[0].rows * scenes[0].columns
     what = np.full((batch, cells), -1, np.int64)
@@ -78,9 +79,20 @@ def picture_arrays(scenes: Sequence[Scene]) -> dict[str, Tensor]:
             chars[b, t.cell] = [CHARACTERS.index(character) for character in t.string]
         for sprite in item.sprites:
             what[b, sprite.cell] = _TEXT + 1 + _NAME_ID[sprite.name]
-    corners = np.asarray([item.corners for item in scenes], np.float32).reshape(batch, 2, 2, 3).transpose(0, 3, 1, 2)
-    arrays = {"what": what, "color": color, "rgb": rgb, "chars": chars, "corners": np.ascontiguousarray(corners)}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    arrays = {"what": what, "color": color, "rgb": rgb, "chars": chars}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"corners": _backgrounds(scenes)}
+
+
+def _backgrounds(scenes: Sequence[Scene]) -> Tensor:
+    """Background grids of all scenes at the side of the largest; a finer grid draws a coarse one just as well."""
+    sides = [math.isqrt(len(item.corners)) for item in scenes]
+    grids = torch.empty(len(scenes), 3, max(sides), max(sides))
+    for side in set(sides):
+        rows = [i for i, s in enumerate(sides) if s == side]
+        made = np.asarray([scenes[i].corners for i in rows], np.float32).reshape(-1, side, side, 3)
+        coarse = torch.from_numpy(made).permute(0, 3, 1, 2)
+        grids[rows] = F.interpolate(coarse, grids.shape[2:], mode="bilinear", align_corners=True)
+    return grids
 
 
 def text_arrays(

@@ -93,7 +93,8 @@ class Scene:
     texts
         The three-character texts.
     corners
-        Background colour at the top left, top right, bottom left and bottom right, in [0, 1]; bilinear in between.
+        Background colours in [0, 1] on a square grid over the picture, in raster order, bilinear in between. Four are
+        those of the corners.
     sprites
         The small pictures.
     rows, columns
@@ -383,9 +384,11 @@ def render(scene: Scene, noise: bool = True) -> Image.Image:
         The same picture for the same scene and the same version of Pillow.
     """
     height, width = scene.rows * CELL, scene.columns * CELL
-    corners = np.asarray(scene.corners).reshape(2, 2, 3)
-    down, across = (np.stack([1 - ramp, ramp]) for ramp in (np.linspace(0, 1, height), np.linspace(0, 1, width)))
-    pixels = np.einsum("iy,jx,ijc->yxc", down, across, corners)
+    side = math.isqrt(len(scene.corners))
+    knots = np.arange(side)[:, None]
+    # Weight of each knot of the grid at each pixel, down and across.
+    down, across = (np.maximum(0, 1 - abs(np.linspace(0, side - 1, n) - knots)) for n in (height, width))
+    pixels = np.einsum("iy,jx,ijc->yxc", down, across, np.asarray(scene.corners).reshape(side, side, 3))
     covers: list[tuple[int, np.ndarray, np.ndarray]] = [
         (s.cell, shape_masks()[SHAPES.index(s.shape), tuple(SIZES).index(s.size)], np.asarray(s.rgb))
         for s in scene.shapes

@@ -26,10 +26,10 @@ from . import next as anyres
 from .card import is_finished, model_card
 from .data import COLORS
 from .model import LOG_FILE, STATE_FILE, llava_config, read_state
+from .plans import STAGES
 
 HERE = Path(__file__).parent
 GOLDEN_FILE = "golden.json"
-FIRST_STAGE = {"pocket-llava": "basic"}  # the only model that was trained by more than one version of this code
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def whole_log(name: str, state: Path) -> list[dict[str, Any]]:
     """Log of a state, after that of the stages before it if they were trained elsewhere.
 
-    ``pocket-llava`` can go on from the weights that ship. Then its first stage is in the shipped log alone, whose rows
+    A model can go on from the weights that ship. Then its earlier stages are in the shipped log alone, whose rows
     have no name of a stage where an older version of this code wrote them.
     """
     log = read_log(state / LOG_FILE)
-    first = FIRST_STAGE.get(name)
-    if first is None or any(row.get("stage", first) == first for row in log if row.get("event") == "start"):
+    stages = [stage.name for stage in STAGES[name]]
+    began = next(row.get("stage", stages[0]) for row in log if row.get("event") == "start")
+    before = stages[: stages.index(began)]
+    if not before:
         return log
-    earlier = takewhile(lambda row: row.get("stage", first) == first, read_log(HERE / name / LOG_FILE))
-    return [*earlier, *log]
+    earlier = takewhile(lambda row: row.get("stage", stages[0]) in before, read_log(HERE / name / LOG_FILE))
+    return [*(row for row in earlier if row.get("event") != "test"), *log]
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from .worlds import (
     HIRES_SIZES,
     Dialogue,
     clip,
+    clutter_candidates,
+    clutter_scene,
     extended_candidates,
     extended_scene,
     hires_candidates,
@@ -33,7 +35,7 @@ from .worlds import (
 )
 
 BLANK = Scene("", (), (), ((0.0,) * 3,) * 4)  # stands where a picture comes from elsewhere
-LABEL_TURN = len(vocab.encode("which label ?")) + 2  # the question, its answer and </s>
+LABEL_TURN = len(vocab.encode("which color label ?")) + 2  # the question, its answer and </s>
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,14 @@ class Plan:
     Attributes
     ----------
     world
-        ``mixed`` (basic, extended and easy-VQA pictures), ``basic``, ``pair``, ``icl``, ``hires`` or ``clip``.
+        ``mixed`` (see :func:`mixed`), ``basic``, ``pair``, ``icl``, ``told`` (as ``icl``, but each class is named and
+        no picture is shown), ``hires`` or ``clip``.
     prompts
         Prompts in a batch.
     geometry
         Of each picture.
     pictures
-        In each prompt.
+        In each prompt; of ``told``, turns.
     text
         Tokens of packed questions; 0 where the prompt is one conversation.
     """
@@ -71,6 +74,9 @@ class Stage:
         Its name, number of steps and highest learning rate.
     plans
         Plans and their weights in the mixture.
+    first
+        Number of its first batch. Batches of one number show the same pictures in every stage, so a stage with the
+        pictures of an earlier one begins after those.
     keeps
         Fractions of visual tokens that the language model sees, one drawn per batch; 1 is all of them. At 0 there is
         no picture in the prompt, so that what a question alone gives away is learnt too.
@@ -85,11 +91,13 @@ class Stage:
     plans: tuple[tuple[Plan, float], ...]
     keeps: tuple[float, ...] = (1.0,)
     frozen: bool = False
+    first: int = 0
 
 
 def _labelling(total: int, geometry: Geometry | None = None) -> tuple[tuple[Plan, float], ...]:
-    shots = (1, 2, 3, 4, 7)
-    return tuple((Plan("icl", total // (n + 1), geometry or Geometry(), n + 1, 0), 1 / len(shots)) for n in shots)
+    shots, told = (2, 3, 4, 5, 7), 0.2
+    shown = tuple((Plan("icl", total // (n + 1), geometry or Geometry(), n + 1, 0), (1 - told) / 5) for n in shots)
+    return (*shown, (Plan("told", total, Geometry(), 8, 0), told))
 
 
 def _weighted(plans: tuple[tuple[Plan, float], ...], share: float) -> tuple[tuple[Plan, float], ...]:
@@ -100,42 +108,40 @@ _HIRES = tuple(
     (Plan("hires", 240 // views, Geometry(*size), 1, 95), weight)
     for size, views, weight in zip(HIRES_SIZES, (5, 5, 5, 4, 4, 3, 3), (0.58, *[0.07] * 6), strict=True)
 )
+_LLAVA = ((Plan("mixed", 256), 0.78), (Plan("pair", 128, pictures=2), 0.06), *_weighted(_labelling(256), 0.16))
+_KEEPS = (1.0, 1.0, 1 / 2, 1 / 4, 1 / 9, 1 / 9, 1 / 18, 0.0)
 STAGES: dict[str, tuple[Stage, ...]] = {
     "pocket-llava": (
         Stage("basic", 8500, 1.2e-3, ((Plan("basic", 256, text=79), 1.0),)),
-        Stage(
-            "full", 5400, 8e-4,
-            ((Plan("mixed", 256), 0.82), (Plan("pair", 128, pictures=2), 0.06), *_weighted(_labelling(256), 0.12)),
-        ),
-        Stage(
-            "drop", 2000, 6e-4,
-            ((Plan("mixed", 256), 0.8), (Plan("pair", 128, pictures=2), 0.06), *_weighted(_labelling(256), 0.14)),
-            (1.0, 1.0, 1 / 2, 1 / 4, 1 / 9, 1 / 9, 1 / 18, 0.0), True,
-        ),
+        Stage("full", 5400, 8e-4, _LLAVA),
+        Stage("drop", 2000, 6e-4, _LLAVA, _KEEPS, True),
+        Stage("more", 2600, 7e-4, _LLAVA, first=16_000),
+        Stage("settle", 1600, 6e-4, _LLAVA, _KEEPS, True, 19_000),
     ),
     "pocket-llava-next": (
-        Stage("hires", 3700, 7e-4, (*_weighted(_HIRES, 0.8), (Plan("basic", 80, text=79), 0.2)), (1.0, 1 / 2, 1 / 4)),
+        Stage("hires", 6200, 7e-4, (*_weighted(_HIRES, 0.84), (Plan("mixed", 80), 0.16))),
+        Stage("drop", 1200, 5e-4, (*_weighted(_HIRES, 0.8), (Plan("mixed", 80), 0.2)), _KEEPS, True),
     ),
     "pocket-qwen2.5-vl": (
         Stage(
-            "full", 14000, 1.2e-3,
+            "full", 13000, 1.2e-3,
             (
                 (Plan("mixed", 256, text=93), 0.56),
-                (Plan("hires", 64, Geometry(12, 12), text=93), 0.1),
+                (Plan("hires", 64, Geometry(12, 12), text=93), 0.08),
                 (Plan("pair", 128, pictures=2, text=91), 0.04),
-                *_weighted(_labelling(256), 0.14),
+                *_weighted(_labelling(256), 0.16),
                 *((Plan("clip", 1024 // frames, Geometry(4, 4, frames), text=45), 0.16 / 3) for frames in (8, 16, 32)),
             ),
         ),
         Stage(
-            "drop", 2000, 5e-4,
+            "drop", 1600, 5e-4,
             (
-                (Plan("mixed", 256, text=93), 0.6),
+                (Plan("mixed", 256, text=93), 0.56),
                 (Plan("hires", 64, Geometry(12, 12), text=93), 0.14),
-                *_weighted(_labelling(256), 0.12),
+                *_weighted(_labelling(256), 0.16),
                 *((Plan("clip", 1024 // frames, Geometry(4, 4, frames), text=45), 0.14 / 3) for frames in (8, 16, 32)),
             ),
-            (1.0, 1.0, 1 / 2, 1 / 4, 1 / 9, 1 / 9, 1 / 18, 0.0), True,
+            _KEEPS, True,
         ),
     ),
 }  # fmt: skip
@@ -202,9 +208,9 @@ def packed(
 def demonstrated(family: Family, dialogues: Sequence[Dialogue], plan: Plan) -> dict[str, Tensor]:
     """Conversations with one picture a turn, all of one length; as ``packed``, with no text after the prefix.
 
-    A label counts where its class was shown before.
+    A label counts where its class was shown before. With a ``told`` plan there are no pictures.
     """
-    span = family.span(plan.geometry)
+    span = family.span(plan.geometry) if plan.world == "icl" else Span((), vocab.IMAGE, 0, ())
     turn = Span(span.before, span.token, span.count, (*span.after, *[vocab.PAD] * LABEL_TURN), span.grid)
     head = prefix(family, (turn,) * plan.pictures)
     ids = head["ids"].repeat(len(dialogues), 1)
@@ -221,7 +227,8 @@ def demonstrated(family: Family, dialogues: Sequence[Dialogue], plan: Plan) -> d
                 labels[b, end - len(answer) : end] = torch.tensor(answer)
             known.add(one.question.answer)
     positions = head["positions"]
-    return picture_arrays([t.pictures[0] for d in dialogues for t in d.turns]) | {
+    pictures = picture_arrays([t.pictures[0] for d in dialogues for t in d.turns]) if plan.world == "icl" else {}
+    return pictures | {
         "ids": ids, "labels": labels, "turn": torch.zeros_like(ids),
         "positions": positions[:, None].repeat(1, len(ids), 1) if family.mrope else positions.repeat(len(ids), 1),
         "visual": head["visual"], "separator": head["separator"],
@@ -238,7 +245,9 @@ def _easy_questions() -> list[list[Question]]:
 
 
 def mixed(family: Family, plan: Plan, first: int, seed: int) -> dict[str, Tensor]:
-    """Basic, extended and easy-VQA pictures, two to two to one; every fourth row is a conversation.
+    """Of ten pictures two basic, one cluttered, four extended, two with several texts, one of easy-VQA.
+
+    Every fourth row is a conversation.
 
     Returns
     -------
@@ -249,10 +258,16 @@ def mixed(family: Family, plan: Plan, first: int, seed: int) -> dict[str, Tensor
     for i in range(first, first + plan.prompts):
         rng = random.Random(f"mixed/{seed}/{i}")
         number = -1
-        if i % 5 in (0, 1):
+        if i % 10 in (0, 5):
             picture = scene("train", i, seed + 1)
             asked = questions(picture)
-        elif i % 5 in (2, 3):
+        elif i % 10 == 1:
+            picture = clutter_scene("train", i, seed)
+            asked = data.in_turn(rng, clutter_candidates(picture, rng))[:8]
+        elif i % 10 in (6, 9):
+            picture = hires_scene("train", i, seed, (data.GRID, data.GRID))
+            asked = data.in_turn(rng, hires_candidates(picture, rng))[:8]
+        elif i % 10 in (2, 3, 7, 8):
             picture = extended_scene("train", i, seed)
             found = extended_candidates(picture, rng)
             # One look at the added kinds first: rows are short, and the basic kinds are asked elsewhere too.
@@ -293,7 +308,9 @@ def batch(family: Family, plan: Plan, number: int, seed: int) -> dict[str, Tenso
         clips = [clip("train", i, seed, plan.geometry.frames) for i in indices]
         asked = [questions for _, questions in clips]
         return packed(family, [c for c, _ in clips], asked, plan, time_counts=number % 2 == 1)
-    dialogues = [icl("train", i, seed, plan.pictures - 1) for i in indices]
+    # Of four prompts two name no class, one half of them, one all: the way to the label can be learnt in steps.
+    named = [1.0 if plan.world == "told" else (0, 0.5, 0, 1)[i % 4] for i in indices]
+    dialogues = [icl("train", i, seed, plan.pictures - 1, share) for i, share in zip(indices, named, strict=True)]
     return demonstrated(family, dialogues, plan)
 
 
@@ -309,8 +326,10 @@ class Batches(torch.utils.data.Dataset):
         plans, weights = zip(*self.stage.plans, strict=True)
         plan = plans[0] if step == 0 else rng.choices(plans, weights)[0]
         keep = rng.choice(self.stage.keeps)
+        if plan.world == "told":
+            return plan, 1.0
         return plan, keep if plan.text else max(keep, 1 / 18)  # a label cannot be told without pictures
 
     def __getitem__(self, step: int) -> tuple[Plan, float, dict[str, Tensor]]:
         plan, keep = self.draw(step)
-        return plan, keep, batch(self.family, plan, step, self.seed)
+        return plan, keep, batch(self.family, plan, self.stage.first + step, self.seed)

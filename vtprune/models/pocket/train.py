@@ -38,9 +38,9 @@ SHARDS = 4  # weights and two moments in bf16 are about 45 MiB
 
 #: Worlds that a model is scored on, as ``exam`` names them.
 EXAMS = {
-    "pocket-llava": ("basic", "extended", "pair", "icl", "easy-vqa"),
-    "pocket-llava-next": ("basic", "hires"),
-    "pocket-qwen2.5-vl": ("basic", "extended", "hires", "pair", "icl", "video", "easy-vqa"),
+    "pocket-llava": ("basic", "extended", "clutter", "pair", "icl", "easy-vqa"),
+    "pocket-llava-next": ("basic", "extended", "hires"),
+    "pocket-qwen2.5-vl": ("basic", "extended", "clutter", "hires", "pair", "icl", "video", "easy-vqa"),
 }
 
 
@@ -58,7 +58,7 @@ class Recipe:
     patch_weight: float = 0.3
     scene_weight: float = 0.1
     log_every: int = 100
-    check_every: int = 1000
+    check_every: int = 2000
     check_questions: int = 240
     test_questions: int = 2000
 
@@ -207,8 +207,12 @@ class Trainer:
         fast = training and not self.stage.frozen and plan == self.stage.plans[0][0]
         see = self.fast_see if fast else self.family.see
         speak = self.fast_speak if fast and keep == 1 else self.speak
-        pixels, coverage = self.draw(plan, arrays, seed)
         losses: list[Tensor] = []
+        if plan.world == "told":
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                rows = self.model.get_input_embeddings()(arrays["ids"])
+                return *self.answers(rows, arrays["positions"], arrays["labels"], arrays["turn"], plan, speak), losses
+        pixels, coverage = self.draw(plan, arrays, seed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             with torch.set_grad_enabled(training and not self.stage.frozen):
                 seen = self.family.look(pixels, plan.geometry, see)
@@ -230,10 +234,16 @@ class Trainer:
                 positions = positions.gather(-1, index)
                 if keep == 0:  # as in a prompt that never had a picture
                     positions[..., 1:] -= positions[..., 1:2] - 1
-            hidden = speak(rows, positions, text_mask(turn, plan.text))
-            asked = labels[:, 1:] != IGNORE
-            logits = self.model.lm_head(hidden[:, :-1][asked])
-        return logits.float(), labels[:, 1:][asked], losses
+            return *self.answers(rows, positions, labels, turn, plan, speak), losses
+
+    def answers(
+        self, rows: Tensor, positions: Tensor, labels: Tensor, turn: Tensor, plan: Plan,
+        speak: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Logits of the tokens that have a label, and their labels, from embeddings [B, S, D]."""
+        hidden = speak(rows, positions, text_mask(turn, plan.text))
+        asked = labels[:, 1:] != IGNORE
+        return self.model.lm_head(hidden[:, :-1][asked]).float(), labels[:, 1:][asked]
 
     def auxiliary(self, plan: Plan, arrays: dict[str, Tensor], coverage: Tensor, seen: Seen) -> list[Tensor]:
         """Losses of what patches and whole pictures show; easy-VQA pictures have none."""
@@ -506,6 +516,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="folder with pocket-llava's weights to start from")
     parser.add_argument("--stage", help="stage to start with, when --start holds what the stages before it made")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this wall time")
+    parser.add_argument("--stop", type=int, help="save and stop at this step of the stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=14, help="processes that make batches")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the towers")
@@ -523,7 +534,7 @@ def main() -> None:
     elif args.start:
         trainer.start(trainer.family.start(llava_weights(args.start)))
     left = args.minutes * 60 - (time.monotonic() - begun)
-    train(trainer, args.out, left, args.workers, say=lambda line: print(line, flush=True))
+    train(trainer, args.out, left, args.workers, args.stop, say=lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ _MORE = (
     *easyvqa.WORDS,
 )
 TOKENS = tuple(dict.fromkeys((*BASIC, *_MORE)))  # several of the later words are known already
-READING_KINDS = ("ocr", "pair-ocr", "hires-ocr", "flash")
+READING_KINDS = ("ocr", "clutter-ocr", "pair-ocr", "hires-ocr", "flash")
 IDS = {token: i for i, token in enumerate(TOKENS)}
 
 

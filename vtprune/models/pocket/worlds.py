@@ -16,6 +16,7 @@ from .data import COLORS, GRID, SHAPES, SIZES, Question, Scene, Shape, Sprite, T
 from .sprites import NAMES
 
 EXTENDED_KINDS = ("relation", "name", "conjunction")
+CLUTTER_KINDS = tuple(f"clutter-{kind}" for kind in data.KINDS)
 HIRES_KINDS = ("hires-ocr", "hires-shape", "hires-where")
 VIDEO_KINDS = ("motion", "order", "tally", "flash")
 PAIR_KINDS = ("pair-color", "pair-shape", "pair-count", "pair-ocr")
@@ -29,6 +30,7 @@ WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
 #: Rows and columns of large pictures: 672 x 672 pixels first, then others that AnyRes pads or cuts in three.
 HIRES_SIZES = ((12, 12), (10, 12), (12, 8), (6, 18), (18, 6), (6, 12), (12, 6))
+CLUTTER_GRID = 25  # a knot at each corner of each patch of 14 pixels
 MAX_SHOTS = 8
 CLIP_GRID = 4
 CLIP_FRAMES = (8, 16, 32)
@@ -137,6 +139,30 @@ def extended_candidates(scene: Scene, rng: random.Random) -> dict[str, list[Ques
     return found
 
 
+def clutter_scene(split: str, index: int, seed: int = 0) -> Scene:
+    """A picture like the basic ones, on a background of blotches.
+
+    Each blotch is about as large as a patch and has a colour of its own. Telling many different patches from few is
+    no longer telling things from background, which a smooth background gives away.
+    """
+    rng, key = data.stream("pocketvqa-clutter", split, seed, index)
+    plain = data.scene(split, index, seed + 2_000_003)
+    base = [rng.uniform(0.3, 0.7) for _ in range(3)]
+    blotches = []
+    for _ in range(CLUTTER_GRID**2):
+        light = rng.uniform(-0.16, 0.16)  # more light and dark than colour, so that things can be told by theirs
+        blotches.append(tuple(level + light + rng.uniform(-0.08, 0.08) for level in base))
+    return replace(plain, key=key, corners=tuple(blotches))
+
+
+def clutter_candidates(scene: Scene, rng: random.Random) -> dict[str, list[Question]]:
+    """The basic questions, under names of their own."""
+    found = data.candidates(scene, rng)
+    return {
+        f"clutter-{kind}": [replace(q, kind=f"clutter-{kind}") for q in asked] for kind, asked in found.items()
+    }
+
+
 def hires_scene(split: str, index: int, seed: int = 0, size: tuple[int, int] | None = None) -> Scene:
     """A large picture full of small shapes and several texts.
 
@@ -196,16 +222,20 @@ def pair(split: str, index: int, seed: int = 0) -> tuple[tuple[Scene, Scene], li
     return (scenes[0], scenes[1]), data.in_turn(rng, found)
 
 
-def icl(split: str, index: int, seed: int = 0, shots: int | None = None) -> Dialogue:
+def icl(split: str, index: int, seed: int = 0, shots: int | None = None, named: float = 0.0) -> Dialogue:
     """Demonstrations of a labelling that is new in each prompt, and a picture to label.
 
-    Each picture holds one shape among sprites and texts. What the label stands for is the shape or its colour; which
-    label stands for what is drawn anew. Every class is demonstrated, and the picture asked about is of one of them.
+    Each picture holds one shape among sprites and texts. The label stands for the shape or its colour, as the question
+    says; which label stands for which is drawn anew. Every class is demonstrated, and the picture asked about is of
+    one of them.
 
     Parameters
     ----------
     shots
         Number of demonstrations, 1 to 8; ``None`` draws it.
+    named
+        Share of turns whose question gives the class away ("which red label ?"). Training begins to learn from
+        these; no exam has them.
 
     Raises
     ------
@@ -216,21 +246,24 @@ def icl(split: str, index: int, seed: int = 0, shots: int | None = None) -> Dial
         raise ValueError(f"shots must be between 1 and {MAX_SHOTS}, got {shots}")
     rng, key = data.stream("pocketvqa-icl", split, seed, index)
     shots = shots or rng.randint(1, MAX_SHOTS)
-    values: Sequence[str] = rng.choice((SHAPES, tuple(COLORS)))
+    attribute, values = rng.choice((("shape", SHAPES), ("color", tuple(COLORS))))
+    hints = random.Random(f"{key}/named")
     classes = rng.sample(values, min(shots, rng.randint(2, 4)))
     labels = dict(zip(classes, rng.sample(LABELS, len(classes)), strict=True))
     shown = classes + [rng.choice(classes) for _ in range(shots - len(classes))]
     rng.shuffle(shown)
     turns = []
     for number, value in enumerate([*shown, rng.choice(classes)]):
-        shape, color = (value, rng.choice(tuple(COLORS))) if values is SHAPES else (rng.choice(SHAPES), value)
+        shape, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
+        shape, color = (value, color) if attribute == "shape" else (shape, value)
         names = rng.sample(NAMES, rng.randint(0, 2))
         cells = rng.sample(range(GRID * GRID), len(names) + 2)
         drawn = Shape(cells[0], shape, rng.choice(("medium", "large")), *data.paint(rng, color))
         texts = (data.any_text(rng, cells[1]),) if rng.random() < 0.3 else ()
         sprites = tuple(Sprite(cell, name) for cell, name in zip(cells[2:], names, strict=True))
         scene = Scene(f"{key}/{number}", (drawn,), texts, data.any_background(rng), sprites)
-        turns.append(Turn((scene,), Question("icl", "which label ?", labels[value])))
+        said = value if hints.random() < named else attribute
+        turns.append(Turn((scene,), Question("icl", f"which {said} label ?", labels[value])))
     return Dialogue(key, tuple(turns))
 
 
@@ -329,6 +362,7 @@ def _clip(split: str, index: int, seed: int, kind: str) -> Dialogue | None:
 WORLDS: dict[str, tuple[tuple[str, ...], Callable[[str, int, int, str], Dialogue | None]]] = {
     "basic": (data.KINDS, _about(data.scene, data.candidates)),
     "extended": (EXTENDED_KINDS, _about(extended_scene, extended_candidates)),
+    "clutter": (CLUTTER_KINDS, _about(clutter_scene, clutter_candidates)),
     "hires": (HIRES_KINDS, _about(hires_scene, hires_candidates)),
     "pair": (PAIR_KINDS, _pair),
     "icl": (("icl",), lambda split, index, seed, kind: icl(split, index, seed, 4)),
