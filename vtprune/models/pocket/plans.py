@@ -94,9 +94,9 @@ class Stage:
     first: int = 0
 
 
-def _labelling(total: int, geometry: Geometry | None = None) -> tuple[tuple[Plan, float], ...]:
-    shots, told = (2, 3, 4, 5, 7), 0.2
-    shown = tuple((Plan("icl", total // (n + 1), geometry or Geometry(), n + 1, 0), (1 - told) / 5) for n in shots)
+def _labelling(total: int, told: float = 0.2) -> tuple[tuple[Plan, float], ...]:
+    shots = (2, 3, 4, 5, 7)
+    shown = tuple((Plan("icl", total // (n + 1), Geometry(), n + 1, 0), (1 - told) / 5) for n in shots)
     return (*shown, (Plan("told", total, Geometry(), 8, 0), told))
 
 
@@ -119,22 +119,22 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         Stage("settle", 1600, 6e-4, _LLAVA, _KEEPS, True, 19_000),
     ),
     "pocket-llava-next": (
-        Stage("hires", 6200, 7e-4, (*_weighted(_HIRES, 0.84), (Plan("mixed", 80), 0.16))),
-        Stage("drop", 1200, 5e-4, (*_weighted(_HIRES, 0.8), (Plan("mixed", 80), 0.2)), _KEEPS, True),
+        Stage("hires", 3500, 7e-4, (*_weighted(_HIRES, 0.84), (Plan("mixed", 80), 0.16))),
+        Stage("drop", 600, 5e-4, (*_weighted(_HIRES, 0.8), (Plan("mixed", 80), 0.2)), _KEEPS, True),
     ),
     "pocket-qwen2.5-vl": (
         Stage(
-            "full", 13000, 1.2e-3,
+            "full", 11800, 1.2e-3,
             (
-                (Plan("mixed", 256, text=93), 0.56),
-                (Plan("hires", 64, Geometry(12, 12), text=93), 0.08),
-                (Plan("pair", 128, pictures=2, text=91), 0.04),
-                *_weighted(_labelling(256), 0.16),
-                *((Plan("clip", 1024 // frames, Geometry(4, 4, frames), text=45), 0.16 / 3) for frames in (8, 16, 32)),
+                (Plan("mixed", 256, text=93), 0.41),
+                (Plan("hires", 64, Geometry(12, 12), text=93), 0.05),
+                (Plan("pair", 128, pictures=2, text=91), 0.02),
+                *_weighted(_labelling(256, 0.7), 0.4),
+                *((Plan("clip", 1024 // frames, Geometry(4, 4, frames), text=45), 0.12 / 3) for frames in (8, 16, 32)),
             ),
         ),
         Stage(
-            "drop", 1600, 5e-4,
+            "drop", 900, 5e-4,
             (
                 (Plan("mixed", 256, text=93), 0.56),
                 (Plan("hires", 64, Geometry(12, 12), text=93), 0.14),

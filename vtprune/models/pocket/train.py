@@ -58,7 +58,7 @@ class Recipe:
     patch_weight: float = 0.3
     scene_weight: float = 0.1
     log_every: int = 100
-    check_every: int = 2000
+    check_every: int = 4000
     check_questions: int = 240
     test_questions: int = 2000
 
