@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vtprune.registry import Pruner
 from vtprune.tokens import CLS_LOGITS, CLS_ROW, VisualTokens
 
 #: One image: its segments as (rows, columns). One sample: its images.
@@ -63,6 +64,16 @@ def alone(tokens: VisualTokens, samples: Sequence[Sequence[Image]], sample: int)
     cls_row = tokens.probes.get(CLS_ROW)
     features = tokens.features[rows].clone()
     return make_tokens([samples[sample]], features=features, cls_row=False if cls_row is None else cls_row[rows]), start
+
+
+class Declared(Pruner):
+    """What test-only methods declare, unless they say otherwise."""
+
+    modality = ("image", "video")
+    mechanism = ()
+    query_aware = False
+    training_free = True
+    adaptive = False
 
 
 class NoHostSync(TorchDispatchMode):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,10 +16,11 @@ import pytest
 import tiny
 import torch
 import transformers
+from helpers import Declared
 from PIL import Image
 
 import vtprune
-from vtprune import cli
+from vtprune import cli, models, registry
 
 WORDS = ("what", "does", "the", "text", "say", "?", "USER:", "ASSISTANT:")
 TEMPLATE = (
@@ -164,11 +166,70 @@ def test_ask_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert png.is_file()
 
 
-def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["methods"]) == 0
-    out = capsys.readouterr().out
-    for name in vtprune.methods():
-        assert re.search(rf"^{re.escape(name)} ", out, re.MULTILINE)
+def printed_methods(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["methods", *arguments]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_methods(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = printed_methods(capsys)
+    assert max(map(len, out.splitlines())) <= columns
+    declared, served, legend = re.split(r"\n\s*\n", out.strip())
+    for name, cls in vtprune.methods().items():
+        row = re.search(rf"^{re.escape(name)} .*$", declared, re.MULTILINE)[0].split()
+        assert row[1].rstrip(",") == (*cls.mechanism, "none")[0]
+        flags = ["yes" if flag else "no" for flag in (cls.query_aware, cls.training_free, cls.adaptive)]
+        assert row[-4:] == [*flags, cls.paper]
+        row = re.search(rf"^{re.escape(name)} .*$", served, re.MULTILINE)[0].split()
+        assert row[1:] == ["image,", "video", *models.served(cls).values()]
+    assert served.split("\n")[0].split() == ["method", "modality", *tiny.FAMILIES]
+    assert legend.startswith("yes: ") and "stand-in: " in legend and "untested" not in legend
+
+
+def test_methods_of_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = printed_methods(capsys, "zoo")
+    assert out.startswith("zoo  ZOO-Prune: ") and "grid" not in out and max(map(len, out.splitlines())) <= 80
+    assert re.search(r"^h +0\.01 +Step \(\"fd\" and \"fd_fused\"\)\.", out, re.MULTILINE)
+    assert "It has no options." in printed_methods(capsys, "norm")
+
+
+def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(printed_methods(capsys, "--json"))
+    assert list(found) == list(vtprune.methods())
+    for name, cls in vtprune.methods().items():
+        assert found[name]["families"] == models.served(cls) and found[name]["about"]
+        assert found[name]["modality"] == list(cls.modality) and found[name]["mechanism"] == list(cls.mechanism)
+        options = {field.name: field.default for field in dataclasses.fields(cls)}
+        assert {option: facts["default"] for option, facts in found[name]["options"].items()} == options
+        assert all(facts["about"] for facts in found[name]["options"].values()), name
+    assert json.loads(printed_methods(capsys, "idpruner", "--json")) == {"idpruner": found["idpruner"]}
+
+
+def test_methods_of_another_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not tested here, with an option that has no default, one that has one for each, and no docstring of its own."""
+
+    @dataclasses.dataclass
+    class Far(Declared):
+        path: Path
+        steps: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
+
+    Far.__doc__ = None
+    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    registry.register("far")(Far)
+    out = printed_methods(capsys, "far")
+    assert re.search(r"^path +required", out, re.MULTILINE) and re.search(r"^steps +\[1, 2\]", out, re.MULTILINE)
+    assert re.search(r"^far +image, video( +untested){4}", out, re.MULTILINE) and "untested: " in out
+
+
+def test_methods_does_not_know_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "idprune"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: unknown method 'idprune' (did you mean 'idpruner'?)")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

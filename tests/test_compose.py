@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import make_tokens
+from helpers import Declared, make_tokens
 
 import vtprune
 from vtprune import registry
@@ -34,10 +34,10 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     @register("test-merging")
     @dataclass
-    class Merging(Pruner):
+    class Merging(Declared):
         """Keeps the first rows, each doubled."""
 
-        paper = mechanism = "test"
+        paper = "test"
 
         def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
             pools = budget.pools(tokens)
@@ -48,10 +48,10 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     @register("test-adaptive")
     @dataclass
-    class Adaptive(Pruner):
+    class Adaptive(Declared):
         """Keeps what is positive."""
 
-        paper = mechanism = "test"
+        paper = "test"
         adaptive = True
 
         def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
@@ -59,8 +59,8 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     @register("test-deep")
     @dataclass
-    class Deep(Pruner):
-        paper = mechanism = "test"
+    class Deep(Declared):
+        paper = "test"
 
         def stages(self) -> tuple[Stage, ...]:
             return (Stage(layer=1),)
@@ -142,7 +142,8 @@ def test_what_it_says_about_itself() -> None:
     assert pair.needs == {CLS_ROW} and not pair.wants
     assert compose(["norm", "idpruner"], (), {}).wants == {CLS_LOGITS}
     assert pair.stages() == (PROJECTOR,) and not pair.adaptive and not pair.query_aware and pair.training_free
-    assert pair.modality == {"image", "video"} and Pruner.name == "" and Composed.name == ""
+    assert pair.modality == ("image", "video") and pair.mechanism == ("attention", "similarity")
+    assert Pruner.name == "" and Composed.name == ""
 
 
 @pytest.mark.usefixtures("methods")

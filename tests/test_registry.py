@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_tokens
+from helpers import Declared, make_tokens
 from torch import Tensor
 
 from vtprune import registry
@@ -22,7 +22,7 @@ from vtprune.tokens import VisualTokens
 
 
 @dataclass
-class LastTokens(Pruner):
+class LastTokens(Declared):
     """What the fake package below provides."""
 
     step: int = 1
@@ -67,13 +67,13 @@ def test_register_makes_a_method_known() -> None:
 
 def test_registering_twice_replaces_the_same_class_and_refuses_another() -> None:
     register("last")(LastTokens)
-    again = dataclass(type("LastTokens", (Pruner,), {"__module__": __name__, "__qualname__": "LastTokens"}))
+    again = dataclass(type("LastTokens", (Declared,), {"__module__": __name__, "__qualname__": "LastTokens"}))
     assert methods()["last"] is LastTokens
     register("last")(again)
     assert methods()["last"] is again
     for other in ({"__module__": "elsewhere", "__qualname__": "LastTokens"}, {"__module__": __name__}):
         with pytest.raises(ConfigError, match=r"'last' exists already .*choose another name"):
-            register("last")(dataclass(type("Other", (Pruner,), other)))
+            register("last")(dataclass(type("Other", (Declared,), other)))
     with pytest.raises(ConfigError, match="'random' exists already"):
         register("random")(LastTokens)
 
@@ -85,9 +85,68 @@ def test_register_takes_dataclasses_of_pruner_only(thing: Any) -> None:
     assert "bad" not in methods()
 
 
+GOOD = {"modality": ("image",), "mechanism": ("attention",), "query_aware": False, "training_free": True}
+GOOD |= {"adaptive": False}
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "one is missing": ({"adaptive": None}, "does not declare adaptive; give the class adaptive = ..., True or False"),
+    "one is misspelt": ({"query_aware": None, "query_awre": True}, "does not declare query_aware, only 'query_awre';"),
+    "an unknown word": ({"mechanism": ("atention",)}, "mechanism = ('atention',); write a tuple of 'transformation', "),
+    "no tuple": ({"mechanism": "query"}, "mechanism = 'query'; write a tuple of 'transformation', 'similarity', "),
+    "for nothing": ({"modality": ()}, "modality = (); write a tuple of 'image', 'video'"),
+    "a list in it": ({"modality": (["image"],)}, "modality = (['image'],); write a tuple of 'image', 'video'"),
+    "no switch": ({"training_free": "yes"}, "training_free = 'yes'; write True or False"),
+    "a number": ({"adaptive": 1}, "adaptive = 1; write True or False"),
+    "a question in one only": ({"query_aware": True}, "says so in both"),
+    "a question in the other only": ({"mechanism": ("query",)}, "says so in both"),
+}
+
+
+def declaring(words: dict[str, Any]) -> Any:
+    body = {key: value for key, value in {**GOOD, **words}.items() if value is not None}
+    return dataclass(type("Mine", (Pruner,), {"__module__": __name__, **body}))
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_method_that_declares_too_little_or_nonsense_is_told_in_one_line(what: str) -> None:
+    words, expected = BAD[what]
+    with pytest.raises(ConfigError) as caught:
+        register("mine")(declaring(words))
+    message = str(caught.value)
+    assert expected in message and message.startswith("method 'mine' (Mine) ") and "\n" not in message
+    assert "mine" not in methods()
+
+
+def test_a_method_that_declares_everything_is_taken() -> None:
+    assert register("mine")(declaring({})).mechanism == ("attention",)
+    assert register("mine")(declaring({"mechanism": ()})).mechanism == ()
+    assert register("mine")(declaring({"mechanism": ("query", "attention"), "query_aware": True})).query_aware
+
+
+def test_a_method_of_another_package_that_forgets_one_is_named_in_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Declared, "adaptive")
+    install(monkeypatch, far=f"{__name__}:LastTokens")
+    with pytest.warns(VTPruneWarning, match=r"'far' .*was left out: .*does not declare adaptive"):
+        assert "far" not in methods()
+
+
+def test_what_the_built_in_methods_declare() -> None:
+    """So that a change is meant: who rests on what, and that none finds its own count."""
+    table = methods()
+    assert {name for name, cls in table.items() if cls.query_aware} == {"cdpruner"}
+    assert all(cls.training_free and not cls.adaptive and cls.modality == ("image", "video") for cls in table.values())
+    found = {word: {n for n, cls in table.items() if word in cls.mechanism} for word in registry.DECLARED["mechanism"]}
+    assert found == {
+        "transformation": {"pool", "prumerge+", "tome", "visionzip"},
+        "similarity": {"cdpruner", "dart", "divprune", "idpruner", "scope", "tome", "vispruner", "zoo"},
+        "attention": {"globalcom2", "hiprune", "idpruner", "prumerge+", "scope", "visionzip", "vispruner"},
+        "query": {"cdpruner"},
+    }
+    assert {n for n, cls in table.items() if not cls.mechanism} == {"grid", "norm", "random", "worst"}
+
+
 def test_a_pruner_must_override_something() -> None:
     @dataclass
-    class Nothing(Pruner):
+    class Nothing(Declared):
         pass
 
     with pytest.raises(NotImplementedError, match="Nothing must override"):

@@ -19,6 +19,7 @@ from .engine.call import Encoded, Job
 from .engine.report import Report
 from .errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 from .models import find_family
+from .models.base import Family
 from .tokens import CLS_LOGITS, CLS_ROW, LAST_CLS_LOGITS, PRE_PROJECTOR, Probe, Selection, VisualTokens
 
 
@@ -131,11 +132,23 @@ def apply(
 def _prepare(engine: Engine, config: PruneConfig) -> Job:
     """Prepare a job; if that fails on a model without vtprune, leave nothing hooked."""
     try:
-        return engine.prepare(config)
+        job = engine.prepare(config)
+        _check(job, engine.family)
+        return job
     except BaseException:
         if not engine.users:
             engine.detach()
         raise
+
+
+def _check(job: Job, family: Family) -> None:
+    """Refuse a model that the pruner cannot serve."""
+    if not family.placeholders.keys() & set(job.pruner.modality):
+        raise UnsupportedModelError(
+            f"method {job.config.label!r} prunes {' and '.join(job.pruner.modality)} tokens, but this {family.label} "
+            f"model has only {' and '.join(family.placeholders)} tokens; choose another method"
+        )
+    job.pruner.check_model(family.config.text_config.hidden_size, family.projector)
 
 
 def make_config(method: str | Sequence[str] | PruneConfig, **settings: Any) -> PruneConfig:

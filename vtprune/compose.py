@@ -49,11 +49,11 @@ class Composed(Pruner):
         self.__dict__.update(
             name="+".join(m.name for m in self.members),
             paper=", ".join(dict.fromkeys(m.paper for m in self.members)),
-            mechanism=", then ".join(m.mechanism for m in self.members),
+            mechanism=tuple(dict.fromkeys(word for m in self.members for word in m.mechanism)),
             query_aware=any(m.query_aware for m in self.members),
             training_free=all(m.training_free for m in self.members),
             adaptive=any(m.adaptive for m in self.members),
-            modality=frozenset.intersection(*(m.modality for m in self.members)),
+            modality=tuple(word for word in self.members[0].modality if all(word in m.modality for m in self.members)),
             allocation=self.members[-1].allocation,
         )
 
@@ -67,6 +67,10 @@ class Composed(Pruner):
 
     def stages(self) -> tuple[Stage, ...]:
         return self.at
+
+    def check_model(self, width: int, projector: Any) -> None:
+        for member in self.members:
+            member.check_model(width, projector)
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         lens, steps = self._counts(tokens, budget)

@@ -8,7 +8,7 @@ import difflib
 import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor
 
@@ -18,6 +18,18 @@ from .kernels import reference
 from .tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
 
 ENTRY_POINT_GROUP = "vtprune.pruners"
+
+Modality = Literal["image", "video"]
+Mechanism = Literal["transformation", "similarity", "attention", "query"]
+
+#: What every method declares (see `Pruner`), and the words it may use; None: True or False.
+DECLARED: dict[str, tuple[str, ...] | None] = {
+    "modality": get_args(Modality),
+    "mechanism": get_args(Mechanism),
+    "query_aware": None,
+    "training_free": None,
+    "adaptive": None,
+}
 
 _METHODS: dict[str, type[Pruner]] = {}
 
@@ -34,16 +46,20 @@ class Pruner:
     name: ClassVar[str] = ""
     #: Paper or origin of the method, for `vtprune.methods()` and the documentation.
     paper: ClassVar[str] = ""
-    #: Uses the question.
-    query_aware: ClassVar[bool] = False
-    #: Needs no trained weights of its own.
-    training_free: ClassVar[bool] = True
-    #: Finds its own count (may sync once, for the count).
-    adaptive: ClassVar[bool] = False
+
+    # The next five have no default: every method declares them, and `register` checks that it did.
     #: What it can prune.
-    modality: ClassVar[frozenset[str]] = frozenset({"image", "video"})
-    #: One or two words on how it chooses, for tables.
-    mechanism: ClassVar[str] = ""
+    modality: ClassVar[tuple[Modality, ...]]
+    #: What its choice rests on, what counts most first: how the encoder attends to tokens, how alike tokens are, what
+    #: the question asks for; or that it makes new tokens out of several (merging, pooling). Empty: none of these.
+    mechanism: ClassVar[tuple[Mechanism, ...]]
+    #: Uses the question, which it is then given in ``VisualTokens.text``.
+    query_aware: ClassVar[bool]
+    #: Needs no trained weights of its own.
+    training_free: ClassVar[bool]
+    #: How many tokens it keeps depends on the picture, not on the budget's pools alone (may sync once, for the count).
+    adaptive: ClassVar[bool]
+
     #: Orders all tokens from best to worst, so that its worst can be asked for.
     ordered: ClassVar[bool] = True
     #: The allocation (see `Budget`) that it takes where nobody asks for another.
@@ -62,6 +78,22 @@ class Pruner:
     def stages(self) -> tuple[Stage, ...]:
         """Where the method acts, in ascending order."""
         return (PROJECTOR,)
+
+    def check_model(self, width: int, projector: Any) -> None:
+        """Refuse a model that the method cannot serve for a reason that `needs` cannot tell; called at `apply`.
+
+        Parameters
+        ----------
+        width
+            D, of the projected tokens.
+        projector
+            The module that makes them, as in `VisualTokens`.
+
+        Raises
+        ------
+        ConfigError, UnsupportedModelError
+            Where an option does not fit the model, and where the model lacks something.
+        """
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """Score per token, ``[T]`` fp32, larger is better; NaN counts as -inf."""
@@ -85,11 +117,17 @@ def register(name: str) -> Callable[[P], P]:
     """Class decorator: make a `Pruner` dataclass known under `name`.
 
     Third-party packages name theirs in the entry point group ``vtprune.pruners`` instead.
+
+    Raises
+    ------
+    ConfigError
+        No `Pruner` dataclass, a name that is taken, or something of `DECLARED` that is missing or misspelt.
     """
 
     def add(cls: P) -> P:
         if not dataclasses.is_dataclass(cls) or not issubclass(cls, Pruner):
             raise ConfigError(f"@register({name!r}) needs a dataclass that extends vtprune.Pruner, got {cls!r}")
+        check_declared(name, cls)
         # The same class again is fine: a reloaded module, a notebook cell that ran twice.
         old = _METHODS.get(name, cls)
         if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -99,6 +137,34 @@ def register(name: str) -> Callable[[P], P]:
         return cls
 
     return add
+
+
+def check_declared(name: str, cls: type[Pruner]) -> None:
+    """Refuse a class that does not declare what `DECLARED` lists."""
+    own = [word for parent in cls.__mro__ if parent not in Pruner.__mro__ for word in vars(parent)]
+    for declared, words in DECLARED.items():
+        wanted = "True or False" if words is None else f"a tuple of {', '.join(map(repr, words))}"
+        if not hasattr(cls, declared):
+            close = difflib.get_close_matches(declared, own, n=1)
+            raise ConfigError(
+                f"method {name!r} ({cls.__qualname__}) does not declare {declared}"
+                + (f", only {close[0]!r}" if close else "")
+                + f"; give the class {declared} = ..., {wanted}"
+            )
+        value = getattr(cls, declared)
+        if words is None:
+            sound = isinstance(value, bool)
+        else:
+            sound = isinstance(value, tuple) and all(word in words for word in value)
+            # An empty mechanism is that of a baseline; a method for no modality is none.
+            sound = sound and (value != () or declared == "mechanism")
+        if not sound:
+            raise ConfigError(f"method {name!r} ({cls.__qualname__}) declares {declared} = {value!r}; write {wanted}")
+    if ("query" in cls.mechanism) != cls.query_aware:
+        raise ConfigError(
+            f"method {name!r} ({cls.__qualname__}) declares mechanism = {cls.mechanism!r} and query_aware = "
+            f"{cls.query_aware}; a method that uses the question says so in both, any other in neither"
+        )
 
 
 def methods() -> dict[str, type[Pruner]]:

@@ -13,6 +13,7 @@ from typing import Any
 import tiny
 import torch
 import transformers
+from helpers import Declared
 from torch import Tensor, nn
 
 import vtprune
@@ -45,7 +46,7 @@ COUNTS_THE_CACHE = hasattr(transformers.GenerationMixin, "_get_initial_cache_pos
 
 
 @dataclass
-class LayerPruner(Pruner):
+class LayerPruner(Declared):
     """Test-only: drops at several places, by a fixed random direction in whatever space the stage shows it."""
 
     keeps: dict[int | None, float] = field(default_factory=lambda: {1: 0.5})
@@ -59,7 +60,7 @@ class LayerPruner(Pruner):
 
 
 @dataclass
-class FailingPruner(Pruner):
+class FailingPruner(Declared):
     """Test-only: raises inside `select`, at a stage of choice, as often as it is told to."""
 
     layer: int | None = None

@@ -7,16 +7,20 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 import vtprune
 from vtprune.errors import ConfigError, InputError, UnsupportedModelError, VTPruneError, VTPruneWarning
+from vtprune.models import find_family
+from vtprune.pruners.scorer import Scorer
 
 from .helpers import KEEP, generate, hooks, same, spy, twin
 
@@ -111,6 +115,89 @@ def test_cls_importance_without_a_cls_token_is_refused_at_apply() -> None:
         with pytest.raises(VTPruneError, match="cls"):
             vtprune.apply(model, "idpruner", importance="cls", keep=KEEP)
         assert hooks(model) == clean
+
+
+def refuse(model: nn.Module, error: type[VTPruneError], words: tuple[str, ...], call: dict[str, Any]) -> None:
+    """`call` must be refused in one line with these words, at the door, and change nothing."""
+    clean = hooks(model)
+
+    def using() -> None:
+        with vtprune.using(model, **call):
+            raise AssertionError("entered")
+
+    for attempt in (lambda: vtprune.apply(model, **call), using):
+        with pytest.raises(error) as caught:
+            attempt()
+        assert "\n" not in str(caught.value) and hooks(model) == clean
+        for word in words:
+            assert word in str(caught.value)
+    with vtprune.using(model, "random", keep=KEEP), pytest.raises(error):
+        vtprune.apply(model, **call)
+    assert hooks(model) == clean
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_scorer_of_the_wrong_width_is_refused_at_apply(family: str, tmp_path: Path) -> None:
+    model = tiny.build(family)
+    paths = {width: str(tmp_path / f"{width}.safetensors") for width in (32, 48)}
+    for width, path in paths.items():
+        save_file(Scorer(width).state_dict(), path)
+    for method in ("idpruner", ["norm", "idpruner"]):
+        call = {"method": method, "keep": KEEP, "importance": "scorer", "scorer": paths[48]}
+        refuse(model, ConfigError, (paths[48], "width 48", "have 32", "trained for this model"), call)
+    with vtprune.apply(model, "idpruner", keep=KEEP, importance="scorer", scorer=paths[32]), torch.no_grad():
+        model(**tiny.prompt(model, 1))
+
+
+def whole_numbers(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter(torch.zeros_like(linear.weight, dtype=torch.int8), requires_grad=False)
+    return linear
+
+
+def packed(linear: nn.Linear) -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("qweight", torch.zeros_like(linear.weight, dtype=torch.int32))
+    return module
+
+
+#: Linear layer -> what quantisation and offloading make of it, and how the message names that.
+SPOILT: dict[str, tuple[Callable[[nn.Linear], nn.Module], str]] = {
+    "whole numbers": (whole_numbers, "are quantised (torch.int8)"),
+    "weights elsewhere": (packed, "no weight matrix"),
+    "offloaded": (lambda linear: linear.to("meta"), "are offloaded"),
+}
+ZOO_CALLS: tuple[dict[str, Any], ...] = (
+    *({"method": "zoo", "estimator": estimator} for estimator in ("fd", "fd_fused", "jvp", "frobenius")),
+    {"method": "idpruner", "importance": "zoo"},
+    {"method": "worst", "of": "zoo"},
+    {"method": ["norm", "zoo"]},
+)
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_zoo_refuses_a_projector_without_floating_point_weights_at_apply(family: str, how: str) -> None:
+    model = tiny.build(family)
+    spoil, word = SPOILT[how]
+    projector = find_family(model).projector
+    for name, module in list(projector.named_modules()):
+        if isinstance(module, nn.Linear):
+            projector.set_submodule(name, spoil(module))
+    for call in ZOO_CALLS:
+        refuse(model, UnsupportedModelError, ("'zoo'", word, "floating point", "choose another"), call)
+    with vtprune.using(model, "idpruner", keep=KEEP):
+        pass  # others do not look at the projector
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_method_for_videos_is_refused_by_a_model_without_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build(family)
+    monkeypatch.setattr(vtprune.methods()["norm"], "modality", ("video",))
+    if family in tiny.QWEN:
+        with vtprune.using(model, "norm", keep=KEEP):
+            return
+    words = ("'norm' prunes video", "only image", "choose another method")
+    refuse(model, UnsupportedModelError, words, {"method": "norm", "keep": KEEP})
 
 
 @pytest.mark.parametrize("layer", [None, 1])

@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch import nn
 
 import vtprune
 from vtprune.budget import Budget
+from vtprune.errors import UnsupportedModelError
+from vtprune.models import FAMILIES, find_family, served
+from vtprune.tokens import CLS_LOGITS, CLS_ROW, LAST_CLS_LOGITS, PRE_PROJECTOR
+
+from .helpers import TEST_PRUNERS, hooks, spy
 
 BUILT_IN = sorted(name for name in vtprune.methods() if not name.startswith("test-"))
 PROJECTOR = [n for n in BUILT_IN if all(s.layer is None for s in vtprune.methods()[n]().stages())]
@@ -24,14 +31,10 @@ def encoded(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"batch": vtprune.encode(model, batch), "alone": [vtprune.encode(model, s) for s in samples]}
 
 
-def named(cls: type[vtprune.Pruner]) -> tuple[Any, ...]:
-    return cls.name, cls.paper, cls.mechanism
-
-
 @pytest.mark.parametrize("method", BUILT_IN)
 def test_it_says_what_it_is(method: str) -> None:
     cls = vtprune.methods()[method]
-    assert all(named(cls)) and cls.__doc__ and cls.modality <= {"image", "video"}
+    assert cls.name == method and cls.paper and cls.__doc__
     assert vtprune.PruneConfig.from_json(vtprune.PruneConfig(method).to_json()) == vtprune.PruneConfig(method)
 
 
@@ -81,3 +84,68 @@ def test_keeping_everything_changes_no_bit(method: str) -> None:
     dense = model(**sample).logits
     with vtprune.apply(model, method, keep=1.0):
         assert torch.equal(model(**sample).logits, dense)
+
+
+@functools.cache
+def shared(family: str) -> nn.Module:
+    return tiny.build(family)
+
+
+def probes_of(family: str) -> set[str]:
+    """What a tiny model of the family offers, asked of the model itself."""
+    bound = find_family(shared(family))
+    return {probe.name for probe in (CLS_ROW, CLS_LOGITS, LAST_CLS_LOGITS, PRE_PROJECTOR) if bound.has_probe(probe)}
+
+
+def outcome(family: str, method: str) -> str:
+    """What really happens to this method on this family, in the words of `vtprune.models.served`."""
+    model = shared(family)
+    clean = hooks(model)
+    try:
+        handle = vtprune.apply(model, method, keep=0.5)
+    except UnsupportedModelError as error:
+        assert "\n" not in str(error) and hooks(model) == clean
+        return "no"
+    wants = {probe.name for probe in vtprune.methods()[method]().wants}
+    samples = [tiny.prompt(model, 2)]
+    if family in tiny.QWEN and "video" in vtprune.methods()[method].modality:
+        samples.append(tiny.sample(model, [3, tiny.Video(2, 4, 8), 6]))
+    with handle, torch.no_grad():
+        for sample in samples:
+            with spy(method) as records:
+                logits = model(**sample).logits
+            report = handle.report()
+            assert bool(logits.isfinite().all()) and 0 < report.tokens_out < report.tokens_in
+            had = {probe.name for probe in records[0].tokens.probes}
+            full = wants <= had
+            # Something took the place of what was wanted, and the report names it where the method has a choice.
+            assert full or report.info, "a stand-in that the report does not name"
+    return "yes" if full else "stand-in"
+
+
+@pytest.mark.parametrize("method", BUILT_IN)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_matrix_that_is_printed_is_what_happens(family: str, method: str) -> None:
+    assert served(vtprune.methods()[method])[family] == outcome(family, method)
+
+
+def test_the_matrix_has_every_family_and_these_offer_what_they_say() -> None:
+    kinds = [kind for family in FAMILIES for kind in family.model_types]
+    assert sorted(kinds) == sorted(tiny.FAMILIES) and list(served(vtprune.methods()["norm"])) == kinds
+    for family in FAMILIES:
+        for kind in family.model_types:
+            assert probes_of(kind) == family.probes
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_method_that_cannot_do_without_a_probe_is_a_no_and_refused(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No built-in method is refused with its default options, so one is made that is."""
+    cls = vtprune.methods()["norm"]
+    monkeypatch.setattr(cls, "needs", property(lambda _: frozenset({CLS_ROW})))
+    assert served(cls)[family] == outcome(family, "norm") == ("no" if family in tiny.QWEN else "yes")
+
+
+def test_methods_of_others_are_untested() -> None:
+    assert set(served(TEST_PRUNERS["test-layers"]).values()) == {"untested"}

@@ -13,19 +13,19 @@ import torch
 from conformance.helpers import FP32, assert_close, first_call, hooks, most_images_for_beams, spy, twin
 from conformance.test_anyres import by_hand
 from conformance.test_controls import window_order
+from helpers import Declared
 from torch import Tensor, nn
 
 import vtprune
 from vtprune import registry
 from vtprune.errors import UnsupportedModelError
-from vtprune.registry import Pruner
 from vtprune.tokens import CLS_ROW, PRE_PROJECTOR, Probe, VisualTokens
 
 CLIP = ("llava", "llava_next")
 
 
 @dataclass
-class Nosy(Pruner):
+class Nosy(Declared):
     """Test-only: asks for whatever it is told to ask for."""
 
     needed: list = field(default_factory=list)

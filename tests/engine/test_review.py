@@ -10,6 +10,7 @@ import warnings
 import pytest
 import tiny
 import torch
+from helpers import Declared
 from torch import Tensor, nn
 
 import vtprune
@@ -105,7 +106,7 @@ def test_a_cache_cannot_be_cropped_into_a_picture() -> None:
 
 @registry.register("test-after-1")
 @dataclasses.dataclass
-class AfterLayerOne(vtprune.Pruner):
+class AfterLayerOne(Declared):
     def stages(self) -> tuple[vtprune.Stage, ...]:
         return (vtprune.Stage(layer=1),)
 
@@ -187,13 +188,13 @@ def test_probes_that_nobody_wants_are_not_computed(monkeypatch: pytest.MonkeyPat
 def test_a_selection_that_breaks_the_budget_of_a_pool_is_an_error() -> None:
     @registry.register("test-greedy-first")
     @dataclasses.dataclass
-    class First(vtprune.Pruner):
+    class First(Declared):
         def select(self, tokens, budget, stage=None):  # type: ignore[no-untyped-def]
             return vtprune.Selection.from_order(torch.arange(sum(budget.pools(tokens).counts)), tokens)
 
     @registry.register("test-flat")
     @dataclasses.dataclass
-    class Flat(vtprune.Pruner):
+    class Flat(Declared):
         def score(self, tokens: vtprune.VisualTokens) -> Tensor:
             return tokens.features.float()
 

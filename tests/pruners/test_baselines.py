@@ -121,9 +121,9 @@ def test_broken_tokens_go_first_out(method: str) -> None:
 @each_method
 def test_what_a_method_says_about_itself(method: str) -> None:
     pruner: Pruner = build(method, {})
-    assert pruner.name == method and pruner.paper and pruner.mechanism
+    assert pruner.name == method and pruner.paper
     assert pruner.training_free and not pruner.query_aware and not pruner.adaptive
-    assert pruner.modality == {"image", "video"} and [s.name for s in pruner.stages()] == ["projector"]
+    assert pruner.modality == ("image", "video") and [s.name for s in pruner.stages()] == ["projector"]
     assert not pruner.needs
 
 

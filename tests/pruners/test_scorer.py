@@ -111,7 +111,7 @@ def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a whole safetensors file"):
         load(str(short))
     pruner = build("idpruner", {"importance": "scorer", "scorer": saved(tmp_path, 16)})
-    with pytest.raises(ConfigError, match="width 16, these have 8"):
+    with pytest.raises(ConfigError, match="width 16, this model's have 8"):
         pruner.select(make_tokens([[[(3, 3)]]]), Budget(2))
 
 

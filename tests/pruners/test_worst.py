@@ -30,7 +30,7 @@ def test_of_a_greedy_method_the_last_picks_stay(of: str) -> None:
 
 def test_it_is_what_the_other_method_is() -> None:
     control = build("worst", {"of": "cdpruner"})
-    assert control.query_aware and not build("worst", {}).query_aware
+    assert control.query_aware and control.mechanism == ("similarity", "query") and not build("worst", {}).query_aware
     assert build("worst", {"of": "zoo"}).needs == build("zoo", {}).needs
 
 

@@ -467,7 +467,7 @@ def test_what_cannot_be_computed_says_so() -> None:
         build("zoo", {}).select(make_tokens([[[(2, 2)]]]), Budget(2))
     with torch.device("meta"):
         offloaded = Projector()
-    with pytest.raises(ConfigError, match=r"'linear_1.weight' are offloaded; load .* or choose"):
+    with pytest.raises(UnsupportedModelError, match=r"'linear_1.weight' are offloaded; load .* or choose"):
         zoo.sensitivity(rows_of(3), offloaded, bank())
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from ..errors import UnsupportedModelError
@@ -11,12 +13,33 @@ from .llava import Llava
 from .llava_next import LlavaNext
 from .qwen_vl import QwenVL
 
+if TYPE_CHECKING:
+    from ..registry import Pruner
+
 FAMILIES: tuple[type[Family], ...] = (Llava, LlavaNext, QwenVL)
 
 
 def supported() -> str:
     """The supported families, for messages."""
     return ", ".join(f"{f.label} ({', '.join(f.model_types)})" for f in FAMILIES)
+
+
+def served(method: type[Pruner]) -> dict[str, str]:
+    """How each family serves a method with its default options, by ``model_type``.
+
+    ``"yes"``; ``"stand-in"``, where something else takes the place of what the method `wants` and the encoder lacks;
+    ``"no"``, where `vtprune.apply` refuses it; or ``"untested"``, for methods of other packages. The conformance suite
+    runs all pairs of the first three and fails where something else happens.
+    """
+    if not method.__module__.startswith("vtprune."):
+        return {kind: "untested" for family in FAMILIES for kind in family.model_types}
+    pruner = method()
+    needs, wants = ({probe.name for probe in probes} for probes in (pruner.needs, pruner.wants))
+    return {
+        kind: "no" if not needs <= family.probes else "yes" if wants <= family.probes else "stand-in"
+        for family in FAMILIES
+        for kind in family.model_types
+    }
 
 
 def unwrap(model: nn.Module) -> nn.Module:

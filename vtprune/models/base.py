@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tokens import Probe
+from ..tokens import CLS_ROW, PRE_PROJECTOR, Probe
 
 #: Arguments of the inner model that carry pixels.
 PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
@@ -103,6 +103,8 @@ class Family(ABC):
     mrope: ClassVar[bool] = False
     #: Encoder rows per visual token.
     raw_per_token: ClassVar[int] = 1
+    #: Names of the probes that a usual checkpoint of the family offers; `has_probe` tells of the one at hand.
+    probes: ClassVar[frozenset[str]] = frozenset({PRE_PROJECTOR.name})
 
     # Modules are typed Any: torch types every attribute of a module as Tensor | Module.
     model: Any
@@ -258,6 +260,7 @@ def cls_row(attention: Any, hidden: Tensor, softmax: bool) -> Tensor:
 class ClipTowerMixin:
     """The encoder half that LLaVA and LLaVA-NeXT share: a CLIP-type tower with a CLS token, or SigLIP without."""
 
+    probes = frozenset({CLS_ROW.name, PRE_PROJECTOR.name})
     inner: Any
 
     @property

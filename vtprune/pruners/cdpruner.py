@@ -43,8 +43,11 @@ class CDPruner(Pruner):
     """
 
     paper = "arXiv:2506.10967"
-    mechanism = "query-conditioned DPP"
+    modality = ("image", "video")
+    mechanism = ("similarity", "query")
     query_aware = True
+    training_free = True
+    adaptive = False
 
     relevance: str = "positive"
 

@@ -40,7 +40,11 @@ class DartPruner(Pruner):
     """
 
     paper = "arXiv:2502.11494"
-    mechanism = "duplication of pivots"
+    modality = ("image", "video")
+    mechanism = ("similarity",)
+    query_aware = False
+    training_free = True
+    adaptive = False
     ordered = False
 
     pivots: int = 8

@@ -25,7 +25,11 @@ class DivPrunePruner(Pruner):
     """
 
     paper = "arXiv:2503.02175"
-    mechanism = "diversity (max-min)"
+    modality = ("image", "video")
+    mechanism = ("similarity",)
+    query_aware = False
+    training_free = True
+    adaptive = False
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)

@@ -70,7 +70,11 @@ class GlobalCom2Pruner(Pruner):
     """
 
     paper = "arXiv:2501.05179"
-    mechanism = "CLS attention, thumbnail over crops"
+    modality = ("image", "video")
+    mechanism = ("attention",)
+    query_aware = False
+    training_free = True
+    adaptive = False
     allocation = "globalcom2"
 
     alpha: float = 0.5

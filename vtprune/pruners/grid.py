@@ -26,7 +26,11 @@ class GridPruner(Pruner):
     """
 
     paper = "baseline"
-    mechanism = "uniform lattice"
+    modality = ("image", "video")
+    mechanism = ()
+    query_aware = False
+    training_free = True
+    adaptive = False
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         counts = _per_segment(tokens.seqlens, budget.pools(tokens))

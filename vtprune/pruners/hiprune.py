@@ -44,7 +44,11 @@ class HiPrunePruner(Pruner):
     """
 
     paper = "arXiv:2508.00553"
-    mechanism = "attention of two layers"
+    modality = ("image", "video")
+    mechanism = ("attention",)
+    query_aware = False
+    training_free = True
+    adaptive = False
     ordered = False
 
     alpha: float = 0.1

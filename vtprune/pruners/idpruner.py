@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
 from . import importance
 from . import scorer as trained
+from .zoo import ZooPruner
 
 NORMS = ("raw_minmax", "soft_topk_minmax")
 
@@ -60,7 +62,11 @@ class IDPruner(Pruner):
     """
 
     paper = "arXiv:2602.13315"
-    mechanism = "importance + diversity (MMR)"
+    modality = ("image", "video")
+    mechanism = ("attention", "similarity")
+    query_aware = False
+    training_free = True
+    adaptive = False
 
     importance: str = "auto"
     mmr_lambda: float = 0.5
@@ -98,6 +104,12 @@ class IDPruner(Pruner):
     def wants(self) -> frozenset[Probe]:
         return importance.WANTS.get(self.importance, frozenset())
 
+    def check_model(self, width: int, projector: Any) -> None:
+        if self.scorer is not None:
+            self._check_width(width)
+        if self.importance == "zoo":
+            ZooPruner().check_model(width, projector)
+
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
         scores, source = self._importance(tokens, pools.lens)
@@ -110,11 +122,14 @@ class IDPruner(Pruner):
     def _importance(self, tokens: VisualTokens, lens: Sequence[int]) -> tuple[Tensor, str]:
         if self.scorer is None:
             return importance.SOURCES[self.importance](tokens)
-        scorer, width = self.network.to(tokens.device), tokens.features.shape[1]
-        if scorer.query.in_features != width:
-            raise ConfigError(
-                f"the scorer {self.scorer} is for tokens of width {scorer.query.in_features}, these have {width}; give "
-                "one that was trained for this model"
-            )
+        self._check_width(tokens.features.shape[1])
+        scorer = self.network.to(tokens.device)
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             return scorer(tokens.features, lens), "scorer"
+
+    def _check_width(self, width: int) -> None:
+        if self.network.query.in_features != width:
+            raise ConfigError(
+                f"the scorer {self.scorer} is for tokens of width {self.network.query.in_features}, this model's have "
+                f"{width}; give one that was trained for this model"
+            )

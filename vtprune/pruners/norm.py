@@ -18,7 +18,11 @@ class NormPruner(Pruner):
     """Keep the tokens with the largest L2 norm. A baseline: one number per token, no notion of redundancy."""
 
     paper = "baseline"
-    mechanism = "token norm"
+    modality = ("image", "video")
+    mechanism = ()
+    query_aware = False
+    training_free = True
+    adaptive = False
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return importance.norm(tokens)[0]

@@ -27,7 +27,11 @@ class PoolPruner(Pruner):
     """
 
     paper = "baseline"
-    mechanism = "average pooling"
+    modality = ("image", "video")
+    mechanism = ("transformation",)
+    query_aware = False
+    training_free = True
+    adaptive = False
     ordered = False
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:

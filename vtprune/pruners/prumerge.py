@@ -45,7 +45,11 @@ class PruMergePlusPruner(Pruner):
     """
 
     paper = "arXiv:2403.15388"
-    mechanism = "attention + merging"
+    modality = ("image", "video")
+    mechanism = ("attention", "transformation")
+    query_aware = False
+    training_free = True
+    adaptive = False
     ordered = False
 
     neighbours: int = 32

@@ -29,7 +29,11 @@ class RandomPruner(Pruner):
     """
 
     paper = "baseline"
-    mechanism = "random"
+    modality = ("image", "video")
+    mechanism = ()
+    query_aware = False
+    training_free = True
+    adaptive = False
 
     seed: int = 0
 

@@ -36,7 +36,11 @@ class ScopePruner(Pruner):
     """
 
     paper = "arXiv:2510.24214"
-    mechanism = "saliency x coverage"
+    modality = ("image", "video")
+    mechanism = ("attention", "similarity")
+    query_aware = False
+    training_free = True
+    adaptive = False
 
     alpha: float = 1.0
 

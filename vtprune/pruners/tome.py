@@ -41,7 +41,11 @@ class TomePruner(Pruner):
     """
 
     paper = "arXiv:2210.09461"
-    mechanism = "merging of similar pairs"
+    modality = ("image", "video")
+    mechanism = ("transformation", "similarity")
+    query_aware = False
+    training_free = True
+    adaptive = False
     ordered = False
 
     rounds: int = 12

@@ -43,7 +43,11 @@ class VisionZipPruner(Pruner):
     """
 
     paper = "arXiv:2412.04467"
-    mechanism = "attention + merging"
+    modality = ("image", "video")
+    mechanism = ("attention", "transformation")
+    query_aware = False
+    training_free = True
+    adaptive = False
     ordered = False
 
     dominant: float = 0.84375

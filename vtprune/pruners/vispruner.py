@@ -40,7 +40,11 @@ class VisPruner(Pruner):
     """
 
     paper = "arXiv:2412.01818"
-    mechanism = "attention + deduplication"
+    modality = ("image", "video")
+    mechanism = ("attention", "similarity")
+    query_aware = False
+    training_free = True
+    adaptive = False
     ordered = False
 
     important: float = 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -36,7 +37,11 @@ class WorstPruner(Pruner):
     """
 
     paper = "baseline"
-    mechanism = "control"
+    modality = ("image", "video")
+    mechanism = ()
+    query_aware = False
+    training_free = True
+    adaptive = False
 
     of: str = "norm"
 
@@ -50,9 +55,10 @@ class WorstPruner(Pruner):
             raise ConfigError(f"of={self.of!r} acts inside the language model; choose a method that acts before it")
         # What a class says about itself, an instance says here.
         self.__dict__.update(
+            modality=self.other.modality,
+            mechanism=self.other.mechanism,
             query_aware=self.other.query_aware,
             training_free=self.other.training_free,
-            modality=self.other.modality,
             allocation=self.other.allocation,
         )
 
@@ -63,6 +69,9 @@ class WorstPruner(Pruner):
     @property
     def wants(self) -> frozenset[Probe]:
         return self.other.wants
+
+    def check_model(self, width: int, projector: Any) -> None:
+        self.other.check_model(width, projector)
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..budget import Budget
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..kernels import reference
 from ..registry import Pruner, register
 from ..tokens import PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
@@ -108,7 +108,11 @@ class ZooPruner(Pruner):
     """
 
     paper = "arXiv:2509.24837"
-    mechanism = "sensitivity x diversity"
+    modality = ("image", "video")
+    mechanism = ("similarity",)
+    query_aware = False
+    training_free = True
+    adaptive = False
 
     estimator: str = "fd_fused"
     m: int = 64
@@ -132,6 +136,17 @@ class ZooPruner(Pruner):
     @property
     def needs(self) -> frozenset[Probe]:
         return frozenset({PRE_PROJECTOR})
+
+    def check_model(self, width: int, projector: Any) -> None:
+        if not isinstance(projector, nn.Module):
+            return
+        _check_weights(projector)
+        # Kernels of quantised layers that keep their weights elsewhere have no derivative, and give zero for it.
+        if all(p.ndim < 2 for p in projector.parameters()):
+            raise UnsupportedModelError(
+                f"'zoo' computes with the projector's weights, but this {type(projector).__name__} has no weight "
+                f"matrix among its parameters (quantised layers keep theirs elsewhere); {_CURE}"
+            )
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """Sensitivity S of each token, ``[T]`` fp32."""
@@ -335,17 +350,24 @@ def _gram(layers: Layers, dtype: torch.dtype) -> Tensor:
     return gram
 
 
+_CURE = "load the projector in floating point on a device, or choose another method or importance"
+
+
+def _check_weights(projector: nn.Module) -> None:
+    """Refuse weights that are not there, or not numbers to compute with."""
+    for name, p in projector.named_parameters():
+        if p.is_meta or not p.is_floating_point():
+            state = "are offloaded" if p.is_meta else f"are quantised ({p.dtype})"
+            raise UnsupportedModelError(
+                f"'zoo' computes with the projector's weights, but those of {name!r} {state}; {_CURE}"
+            )
+
+
 def _cast(projector: Projector, dtype: torch.dtype) -> Projector:
     """The projector in another precision, as a copy without hooks: other threads may be running the original."""
     if not isinstance(projector, nn.Module):
         return projector
-    for name, p in projector.named_parameters():
-        if p.is_meta or not p.is_floating_point():
-            state = "are offloaded" if p.is_meta else f"are quantised ({p.dtype})"
-            raise ConfigError(
-                f"'zoo' computes with the projector's weights, but those of {name!r} {state}; load the projector in "
-                "floating point on a device, or choose another method"
-            )
+    _check_weights(projector)
 
     def twin(module: nn.Module) -> nn.Module:
         made = object.__new__(type(module))
