@@ -25,7 +25,7 @@ MAX_POSITIONS = 8192  # nine pictures of 576 tokens and their text are 5,300
 
 def llava_config(
     vocab_size: int = len(vocab.TOKENS), vision_width: int = 192, vision_layers: int = 6, vision_heads: int = 3,
-    width: int = 256, layers: int = 6, heads: int = 4, ffn: int = 704,
+    width: int = 256, layers: int = 6, heads: int = 4, ffn: int = 624,
 ) -> LlavaConfig:  # fmt: skip
     """Configuration of ``pocket-llava``; smaller numbers are for tests."""
     return LlavaConfig(

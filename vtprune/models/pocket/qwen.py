@@ -61,7 +61,7 @@ def _rope_scaling(head: int) -> dict[str, Any]:
 def qwen_config(
     vocab_size: int = len(vocab.TOKENS), vision_width: int = 192, vision_layers: int = 6, vision_heads: int = 3,
     vision_ffn: int = 384, full_attention: Sequence[int] = (2, 5), width: int = 256, layers: int = 6, heads: int = 4,
-    ffn: int = 704,
+    ffn: int = 624,
 ) -> Qwen2_5_VLConfig:  # fmt: skip
     """Configuration of ``pocket-qwen2.5-vl``; smaller numbers are for tests.
 
