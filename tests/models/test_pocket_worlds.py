@@ -228,7 +228,9 @@ def test_places_labels_and_directions_are_drawn_evenly():
     ways = Counter(q.answer for i in range(1200) for q in worlds.clip("train", i, 0, 8)[1] if q.kind == "motion")
     assert ways.keys() == worlds.WAYS.keys() and spread(ways, 4) < 5
     rules = Counter(worlds.icl("train", index).turns[0].question.text for index in range(600))
-    assert abs(rules["which shape label ?"] / 600 - 0.5) < 0.1  # a label stands for the shape as often as for the colour
+    assert (
+        abs(rules["which shape label ?"] / 600 - 0.5) < 0.1
+    )  # a label stands for the shape as often as for the colour
 
 
 def test_kinds_take_turns_and_no_picture_comes_twice(exams):

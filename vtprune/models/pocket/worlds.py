@@ -158,9 +158,7 @@ def clutter_scene(split: str, index: int, seed: int = 0) -> Scene:
 def clutter_candidates(scene: Scene, rng: random.Random) -> dict[str, list[Question]]:
     """The basic questions, under names of their own."""
     found = data.candidates(scene, rng)
-    return {
-        f"clutter-{kind}": [replace(q, kind=f"clutter-{kind}") for q in asked] for kind, asked in found.items()
-    }
+    return {f"clutter-{kind}": [replace(q, kind=f"clutter-{kind}") for q in asked] for kind, asked in found.items()}
 
 
 def hires_scene(split: str, index: int, seed: int = 0, size: tuple[int, int] | None = None) -> Scene:
