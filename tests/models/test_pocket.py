@@ -381,7 +381,7 @@ def test_the_log_of_the_shipped_first_stage_comes_first(tmp_path, monkeypatch, t
     for before in (old, old + new):  # again, once it ships
         shipped.write_text("".join(json.dumps(row) + "\n" for row in before))
         log = export.whole_log("pocket-llava", made)
-        assert log == old + new
+        assert log == old[:-1] + new  # its test was not the last
     text = card.model_card("pocket-llava", log, 1, 1)
     assert "Training has not finished" in text
     assert "| basic | 500 | 0.001 | 0.13 M | 2.0 | 100 |" in text

@@ -27,6 +27,10 @@ WORLDS = {
         "what is left of the red star ? dog; what is the picture at the top right ? key; "
         "where is the small red ring ? bottom center",
     ),
+    "clutter": (
+        "336 x 336: as basic, on a background of blotches as large as patches",
+        "as basic",
+    ),
     "hires": (
         "672 x 672 and other sizes: small shapes, 2 to 5 texts",
         "what does the red text say ? K7P; what shape is the small red object ? ring; "
@@ -39,7 +43,7 @@ WORLDS = {
     "icl": (
         "five pictures of 336 x 336, four of them with their labels; what a label stands for, a shape or a colour, is "
         "new in each prompt",
-        "which label ? wug",
+        "which color label ? wug; which shape label ? dax",
     ),
     "video": (
         "8, 16 or 32 frames of 224 x 224",
@@ -69,7 +73,7 @@ MODELS = {
         "LlavaForConditionalGeneration",
         "A CLIP-type vision transformer (336 px, patch 14, 192 x 6) gives 576 visual tokens to a Llama-type language "
         "model (256 x 6).",
-        ("basic", "extended", "pair", "icl", "easy-vqa"),
+        ("basic", "extended", "clutter", "pair", "icl", "easy-vqa"),
         "Trained from scratch.",
         ("Pictures that are not square are squeezed to 336 x 336.",),
     ),
@@ -78,12 +82,12 @@ MODELS = {
         "AnyRes: a thumbnail and up to four crops, each seen by a CLIP-type vision transformer (336 px, patch 14, "
         "192 x 6), with unpadding and a newline after each row of patches, in a Llama-type language model (256 x 6). A "
         "picture of 672 x 672 has 2,928 visual tokens.",
-        ("basic", "hires"),
+        ("basic", "extended", "hires"),
         "All weights but the newline began as those of pocket-llava.",
         (
             "One picture a prompt: it was not trained on several.",
-            "It was not trained further on small named pictures, demonstrations and easy-VQA, which pocket-llava "
-            "knows, and has not been scored on them.",
+            "It was not trained further on demonstrations, which pocket-llava has seen, and has not been scored on "
+            "them, on cluttered pictures and on easy-VQA.",
         ),
     ),
     "pocket-qwen2.5-vl": About(
@@ -92,7 +96,7 @@ MODELS = {
         "attention) whose patches are merged two by two, and a Qwen2-type language model (256 x 6) with M-RoPE. A "
         "picture of 336 x 336 has 144 visual tokens, one of 672 x 672 has 576, a clip "
         "64 for every two frames of 224 x 224.",
-        ("basic", "extended", "hires", "pair", "icl", "video", "easy-vqa"),
+        ("basic", "extended", "clutter", "hires", "pair", "icl", "video", "easy-vqa"),
         "The language model began as that of pocket-llava, the vision tower at random.",
         (
             "Clips need `video_metadata` that says two frames a second, as `qwen.video_metadata` makes it: "

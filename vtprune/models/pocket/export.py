@@ -88,7 +88,7 @@ def whole_log(name: str, state: Path) -> list[dict[str, Any]]:
     log = read_log(state / LOG_FILE)
     stages = [stage.name for stage in STAGES[name]]
     began = next(row.get("stage", stages[0]) for row in log if row.get("event") == "start")
-    before = stages[: stages.index(began)]
+    before = stages[: stages.index(began)] if began in stages else []
     if not before:
         return log
     earlier = takewhile(lambda row: row.get("stage", stages[0]) in before, read_log(HERE / name / LOG_FILE))

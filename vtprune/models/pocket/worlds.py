@@ -8,7 +8,7 @@ question. ``exam`` yields them one question at a time; training packs many quest
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from . import data
