@@ -187,6 +187,21 @@ def test_dropping_keeps_the_text_and_a_fixed_number_of_each_picture(name, plan, 
     assert not torch.equal(index, trainer.kept(plan, arrays, coverage, keep, 1))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_demonstrations_in_words_need_no_picture(name):
+    trainer = made(name, FULL)
+    plan = Plan("told", 3, Geometry(), 4, 0)
+    arrays = plans.batch(trainer.family, plan, 0, 0)
+    with torch.no_grad():
+        logits, labels, losses = trainer.forward(plan, arrays, 0)
+        ids = {"input_ids": arrays["ids"], "position_ids": arrays["positions"]}
+        trainer.model.model.language_model.config._attn_implementation = "eager"
+        expected = trainer.model(**ids).logits[:, :-1]
+    counted = arrays["labels"][:, 1:] != IGNORE
+    assert losses == [] and torch.equal(labels, arrays["labels"][:, 1:][counted])
+    torch.testing.assert_close(logits, expected[counted], atol=1e-4, rtol=1e-4)
+
+
 def stock_of(trainer: train.Trainer) -> Any:
     stock = LlavaForConditionalGeneration(copy.deepcopy(trainer.model.config)).eval()
     stock.model.language_model.config._attn_implementation = "sdpa"

@@ -88,6 +88,7 @@ def whole_log(name: str, state: Path) -> list[dict[str, Any]]:
     log = read_log(state / LOG_FILE)
     stages = [stage.name for stage in STAGES[name]]
     began = next(row.get("stage", stages[0]) for row in log if row.get("event") == "start")
+    # An older recipe may have had stages that are no longer known; such a log is whole.
     before = stages[: stages.index(began)] if began in stages else []
     if not before:
         return log

@@ -74,15 +74,15 @@ class Stage:
         Its name, number of steps and highest learning rate.
     plans
         Plans and their weights in the mixture.
-    first
-        Number of its first batch. Batches of one number show the same pictures in every stage, so a stage with the
-        pictures of an earlier one begins after those.
     keeps
         Fractions of visual tokens that the language model sees, one drawn per batch; 1 is all of them. At 0 there is
         no picture in the prompt, so that what a question alone gives away is learnt too.
     frozen
         Whether the vision tower stands still. It must where tokens are dropped: else it learns to spread what it
         sees over all patches, and dropping them would stop to matter.
+    first
+        Number of its first batch. Batches of one number show the same pictures in every stage, so a stage that is to
+        see new ones begins after those of the stages before it.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Stage:
 
 def _labelling(total: int, told: float = 0.2) -> tuple[tuple[Plan, float], ...]:
     shots = (2, 3, 4, 5, 7)
-    shown = tuple((Plan("icl", total // (n + 1), Geometry(), n + 1, 0), (1 - told) / 5) for n in shots)
+    shown = tuple((Plan("icl", total // (n + 1), Geometry(), n + 1, 0), (1 - told) / len(shots)) for n in shots)
     return (*shown, (Plan("told", total, Geometry(), 8, 0), told))
 
 

@@ -59,6 +59,7 @@ class Recipe:
     scene_weight: float = 0.1
     log_every: int = 100
     check_every: int = 4000
+    save_every: int = 500
     check_questions: int = 240
     test_questions: int = 2000
 
@@ -208,12 +209,12 @@ class Trainer:
         see = self.fast_see if fast else self.family.see
         speak = self.fast_speak if fast and keep == 1 else self.speak
         losses: list[Tensor] = []
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
         if plan.world == "told":
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                rows = self.model.get_input_embeddings()(arrays["ids"])
-                return *self.answers(rows, arrays["positions"], arrays["labels"], arrays["turn"], plan, speak), losses
+            with half:
+                return *self.answers(self.model.get_input_embeddings()(arrays["ids"]), arrays, plan, speak), losses
         pixels, coverage = self.draw(plan, arrays, seed)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with half:
             with torch.set_grad_enabled(training and not self.stage.frozen):
                 seen = self.family.look(pixels, plan.geometry, see)
                 if training and not self.stage.frozen and seen.patches is not None:
@@ -234,16 +235,20 @@ class Trainer:
                 positions = positions.gather(-1, index)
                 if keep == 0:  # as in a prompt that never had a picture
                     positions[..., 1:] -= positions[..., 1:2] - 1
-            return *self.answers(rows, positions, labels, turn, plan, speak), losses
+            left = {"positions": positions, "labels": labels, "turn": turn}
+            return *self.answers(rows, left, plan, speak), losses
 
     def answers(
-        self, rows: Tensor, positions: Tensor, labels: Tensor, turn: Tensor, plan: Plan,
-        speak: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Logits of the tokens that have a label, and their labels, from embeddings [B, S, D]."""
-        hidden = speak(rows, positions, text_mask(turn, plan.text))
-        asked = labels[:, 1:] != IGNORE
-        return self.model.lm_head(hidden[:, :-1][asked]).float(), labels[:, 1:][asked]
+        self, rows: Tensor, arrays: dict[str, Tensor], plan: Plan, speak: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits float32 [n, V] of the tokens that have a label, and their labels [n].
+
+        ``rows`` are embeddings [B, S, D]; of ``arrays``, ``positions``, ``labels`` and ``turn`` are used;
+        ``speak(rows, positions, mask)`` gives hidden states [B, S, D].
+        """
+        hidden = speak(rows, arrays["positions"], text_mask(arrays["turn"], plan.text))
+        asked = arrays["labels"][:, 1:] != IGNORE
+        return self.model.lm_head(hidden[:, :-1][asked]).float(), arrays["labels"][:, 1:][asked]
 
     def auxiliary(self, plan: Plan, arrays: dict[str, Tensor], coverage: Tensor, seen: Seen) -> list[Tensor]:
         """Losses of what patches and whole pictures show; easy-VQA pictures have none."""
@@ -485,6 +490,8 @@ def train(
                         **pace,
                     }
                     write({**row, "seconds": round(now - begun, 1)})
+                if step % recipe.save_every == 0:
+                    trainer.save(out)
                 if step % recipe.check_every == 0 or step == stage.steps:
                     write({"event": "val", "stage": stage.name, "step": step, **trainer.accuracy(checks)})
                     if stage.frozen:

@@ -43,7 +43,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...pruners.scorer import Scorer, soft_topk
 from . import data, plans
-from .batch import IGNORE, text_mask
 from .families import Family, Llava, llava_weights
 from .model import packed_attention
 from .plans import Plan, Stage
@@ -194,16 +193,14 @@ class ScorerTrainer(Trainer):
             visual = self.family.look(pixels, plan.geometry, self.family.see).visual
             rows = self.model.get_input_embeddings()(ids).to(visual.dtype).index_copy(1, at, visual)
         gates = torch.zeros(ids.shape, device=self.device).index_copy(1, at, self.log_gates(visual, keep))
-        with half:
-            hidden = self.model.model.language_model(
-                inputs_embeds=rows,
-                position_ids=arrays["positions"],
-                attention_mask=text_mask(arrays["turn"], plan.text),
-                log_gate=gates,
-                use_cache=False,
+
+        def speak(rows: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+            return self.model.model.language_model(
+                inputs_embeds=rows, position_ids=positions, attention_mask=mask, log_gate=gates, use_cache=False
             ).last_hidden_state
-            asked = arrays["labels"][:, 1:] != IGNORE
-            return self.model.lm_head(hidden[:, :-1][asked]).float(), arrays["labels"][:, 1:][asked], []
+
+        with half:
+            return *self.answers(rows, arrays, plan, speak), []
 
 
 def train(
