@@ -165,7 +165,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
             _KEEPS, True,
         ),
         Stage(
-            "recall", 2400, 1.4e-3,
+            "recall", 2000, 1.4e-3,
             (
                 (Plan("mixed", 256, text=93), 0.26),
                 (_RECALL, 0.58),
@@ -175,11 +175,11 @@ STAGES: dict[str, tuple[Stage, ...]] = {
             frozen=True, first=20_000,
         ),
         Stage(
-            "label", 4400, 1.1e-3,
+            "label", 4000, 1.1e-3,
             (*_weighted(_QWEN, 0.56), (_RECALL, 0.08), *_weighted(_shown(256), 0.36)), frozen=True, first=23_000,
         ),
         Stage(
-            "settle", 1000, 5e-4,
+            "settle", 900, 5e-4,
             (*_weighted(_QWEN, 0.82), (_RECALL, 0.02), *_weighted(_shown(256, (0,)), 0.16)), _KEEPS, True, 28_000,
         ),
     ),
