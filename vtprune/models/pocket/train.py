@@ -215,7 +215,7 @@ class Trainer:
         speak = self.fast_speak if fast and keep == 1 else self.speak
         losses: list[Tensor] = []
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-        if plan.wordy:
+        if plan.world == "told":
             with half:
                 return *self.answers(self.model.get_input_embeddings()(arrays["ids"]), arrays, plan, speak), losses
         pixels, coverage = self.draw(plan, arrays, seed)
@@ -228,6 +228,11 @@ class Trainer:
                 seen = replace(seen, visual=seen.visual.detach())
             ids, positions = arrays["ids"], arrays["positions"]
             rows = self.model.get_input_embeddings()(ids).to(seen.visual.dtype)
+            if plan.world == "recall":
+                glimpsed = torch.zeros_like(rows)
+                at = ids == plans.glance(self.family).token
+                glimpsed[at] = seen.visual.detach().flatten(0, 1)[arrays["glances"]]
+                return *self.answers(torch.where(at[..., None], glimpsed, rows), arrays, plan, speak), losses
             at = arrays["visual"].nonzero().squeeze(1)
             rows = rows.index_copy(1, at, seen.visual.reshape(len(ids), len(at), -1))
             labels, turn = arrays["labels"], arrays["turn"]
@@ -541,7 +546,7 @@ def main() -> None:
     # later, by more than what a change of the recipe is worth.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     stages = STAGES[args.model]
