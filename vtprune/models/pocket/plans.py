@@ -163,10 +163,11 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         # Looking back comes first and alone: where answers can be seen, the model never begins to look back.
         Stage("recall", 1200, 1.6e-3, ((_RECALL, 1.0),), frozen=True, first=20_000),
         Stage("show", 1400, 1.2e-3, ((_RECALL, 0.2), *_weighted(_shown(256), 0.8)), frozen=True, first=22_000),
+        Stage("again", 1400, 1.2e-3, ((_RECALL, 0.2), *_weighted(_shown(256), 0.8)), frozen=True, first=23_400),
         Stage(
             "label", 2700, 1.1e-3,
             (*_weighted(_QWEN, 0.7), (_RECALL, 0.05), *_weighted(_shown(256, (0, 0, 0, 1)), 0.25)),
-            frozen=True, first=24_000,
+            frozen=True, first=24_800,
         ),
         Stage(
             "settle", 600, 5e-4,
