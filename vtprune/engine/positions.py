@@ -123,6 +123,33 @@ def _crop_layers(cache: Any, state: CacheState) -> None:
             )
 
 
+def adopt(cache: Any, state: CacheState) -> CacheState:
+    """Fit a state to a cache that a KV-cache compressor shortened while the forward ran (kvpress works this way).
+
+    Raises
+    ------
+    InputError
+        The batch has padding: which slots hold it is not known any more.
+    """
+    lengths = [int(cache.get_seq_length(i)) for i in range(len(cache.layers))]
+    if all(n == state.masks[state.group(i)].shape[1] for i, n in enumerate(lengths)):
+        return state
+    if not all(state.full.values()):
+        raise InputError(
+            "something shortened the KV cache of a padded batch during the forward (a KV-cache compressor?), so it is "
+            "not known which slots are padding; compress batches without padding, for example single samples"
+        )
+    firsts = [i for i, n in enumerate(lengths) if i == 0 or n != lengths[i - 1]]
+    batch = state.masks[0].shape[0]
+    return replace(
+        state,
+        masks={i: state.masks[0].new_ones(batch, lengths[i]) for i in firsts},
+        full=dict.fromkeys(firsts, True),
+        length=lengths[0],
+        floor=lengths[0],
+    )
+
+
 def commit(cache: Any, state: CacheState, caches: weakref.WeakSet[Any]) -> None:
     """Put the state on the cache, and remember the cache in `caches`."""
     setattr(cache, _ATTRIBUTE, replace(state, home=Home(weakref.ref(cache), caches)))
