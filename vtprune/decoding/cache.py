@@ -90,7 +90,7 @@ class TrackedLayer(DynamicLayer):  # type: ignore[misc]
                 "(assisted generation does this); generate without an assistant, or with keep=1.0 and beta=0"
             )
         step = self.session.step
-        before = self.track if past and self.track is not None else Track.empty(key_states)
+        before = self.checked(past) if past else Track.empty(key_states)
         self.track = before.grown(step.kinds(self.index, key_states.shape[2]).to(keys.device))
         if past and self.session.beta:
             valid = step.valid(self.index, keys.shape[2]).to(keys.device)
@@ -99,13 +99,26 @@ class TrackedLayer(DynamicLayer):  # type: ignore[misc]
         self.seen = keys
         return keys, values
 
+    def checked(self, slots: int) -> Track:
+        """What is remembered, if it is about as many slots as there are.
+
+        Raises
+        ------
+        InputError
+            Something else changed the layer.
+        """
+        if self.track is None or self.track.kind.shape[2] != slots:
+            raise InputError(
+                "something else shortened the KV cache under vasparse (a KV-cache compressor?), which does not know its "
+                "slots any more; use one of them at a time, or vasparse with keep=1.0 and beta=0"
+            )
+        return self.track
+
     def take(self, index: Tensor) -> None:
         """Keep the slots ``index [B, Hkv, P]``, in this order."""
-        rows = index[..., None].expand(-1, -1, -1, self.keys.shape[-1])
-        self.keys = self.keys.gather(2, rows)
+        self.track = self.checked(self.keys.shape[2]).map(lambda x: x.gather(2, index))
+        self.keys = self.keys.gather(2, index[..., None].expand(-1, -1, -1, self.keys.shape[-1]))
         self.values = self.values.gather(2, index[..., None].expand(-1, -1, -1, self.values.shape[-1]))
-        assert self.track is not None
-        self.track = self.track.map(lambda x: x.gather(2, index))
 
     def _batch(self, change: Any) -> None:
         if self.track is not None:

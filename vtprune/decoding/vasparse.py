@@ -252,13 +252,11 @@ class Session:
 
     def _select(self, cache: Any, clock: Clock, step: Step, kind: int) -> None:
         """Let go of what is worth least among the tokens of one kind, in every layer."""
-        first: TrackedLayer = cache.layers[0]
-        assert first.track is not None
-        new = first.track.kind.shape[2] - step.past
+        kinds = cache.layers[0].checked(int(cache.get_seq_length())).kind
         if kind == GENERATED:
             counts = [clock.generated] * step.batch
         else:  # one sync per prompt
-            counts = (first.track.kind[:, 0, -new:] == VISUAL).sum(-1).tolist()
+            counts = (kinds[:, 0, step.past :] == VISUAL).sum(-1).tolist()
         keeps = [max(min(n, 1), int(n * self.keep + 1e-6)) for n in counts]
         lost = [n - k for n, k in zip(counts, keeps, strict=True)]
         peaks = [-(-n // PER_CLUSTER) if self.merge else 0 for n in lost]
@@ -303,10 +301,9 @@ class Session:
         shorter: int,
     ) -> Tensor:
         """Shorten one layer by `shorter` slots; returns ``[B, kv - shorter]`` bool, which of the rest hold tokens."""
-        track = layer.track
-        assert track is not None
+        track = layer.checked(layer.keys.shape[2])
         slots = torch.arange(track.kind.shape[2], device=track.kind.device)
-        among = (track.kind == kind) & (slots >= since)
+        among = (track.kind == kind) & (slots >= since) & valid[:, None]  # padding may be what was dropped before
         value = key_values(track.squares, track.mass, among, self.lam)
         if kind == GENERATED:  # never the newest token
             value = value.masked_fill(among & (slots == len(slots) - 1), torch.inf)

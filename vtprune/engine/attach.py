@@ -309,6 +309,8 @@ class Engine:
         """New text on a pruned cache."""
         embeds = kw["inputs_embeds"]
         batch, queries, _ = embeds.shape
+        if state.next_original.shape[0] == 1 < batch == call.cache.layers[0].keys.shape[0]:
+            state = state.repeated(batch)
         if state.next_original.shape[0] != batch:
             raise InputError(
                 f"the pruned cache belongs to a batch of {state.next_original.shape[0]}, but {batch} rows came; start "

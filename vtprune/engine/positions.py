@@ -75,6 +75,15 @@ class CacheState:
         """First layer of the group that `layer` belongs to."""
         return max(first for first in self.masks if first <= layer)
 
+    def repeated(self, batch: int) -> CacheState:
+        """The same for a cache of one prompt that was repeated (``batch_repeat_interleave``): many ways to go on."""
+        return replace(
+            self,
+            masks={k: m.expand(batch, -1) for k, m in self.masks.items()},
+            next_original=self.next_original.expand(batch),
+            next_position=self.next_position.expand(batch),
+        )
+
     def rewound(self, length: int) -> CacheState:
         """The same state for a cache that now holds `length` slots: generate() crops it when it rejects candidates."""
         if not self.floor <= length <= self.length:
