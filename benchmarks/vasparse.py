@@ -94,16 +94,18 @@ def ask(
     # Methods that differ in the contrast alone share the forward.
     groups: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     for method in methods:
-        options = METHODS[method] or OFF
+        options = OFF if METHODS[method] is None else METHODS[method]
         groups.setdefault(tuple((k, v) for k, v in options.items() if k != "alpha"), []).append(method)
     said = {}
-    for group in groups.values():
-        with decoding(model, dict(METHODS[group[0]] or OFF, alpha=0)):
+    for group, members in groups.items():
+        with decoding(model, dict(group, alpha=0)):
             cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
             cache.batch_repeat_interleave(len(tails))
             logits = model(input_ids=tails, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        for method in group:
-            with decoding(model, OFF | {"alpha": (METHODS[method] or OFF).get("alpha", 0.1)}) as processors:
+        for method in members:
+            options = METHODS[method]
+            alpha = 0 if options is None else options.get("alpha", 0.1)
+            with decoding(model, OFF | {"alpha": alpha}) as processors:
                 said[method] = (processors(ids, logits).argmax(-1) == yes).cpu().numpy()
     return said
 
@@ -181,7 +183,7 @@ def share(hits: np.ndarray, of: np.ndarray, draws: int = 2000) -> tuple[float, f
 
 @torch.inference_mode()
 def speed(model: Any, processor: Any, split: str, tokens: int, runs: int, methods: list[str]) -> dict[str, float]:
-    """Tokens a second of one prompt, prefill left out: the median of `runs`, the methods taking turns."""
+    """Tokens a second (on a CPU: of one core's time), prefill left out: median of `runs`, the methods taking turns."""
     _, picture = next(pictures("basic", split, 1))
     inputs, tails = prompts(model, processor, picture)
     ids = torch.cat([inputs["input_ids"], tails[:1]], 1)
@@ -199,9 +201,11 @@ def speed(model: Any, processor: Any, split: str, tokens: int, runs: int, method
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             if scores.is_cuda:
                 torch.cuda.synchronize()
-            self.ticks.append(time.perf_counter())
+            self.ticks.append(time.perf_counter() if scores.is_cuda else time.process_time())
             return scores
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a CPU: its own time on one core, so that nothing else on the machine counts
     found_rates: dict[str, list[float]] = {method: [] for method in methods}
     for run in range(runs + 1):
         for method in methods:
@@ -216,6 +220,7 @@ def speed(model: Any, processor: Any, split: str, tokens: int, runs: int, method
                 )
             if run:  # the first one warms up
                 found_rates[method].append(tokens / (clock.ticks[-1] - clock.ticks[0]))
+    torch.set_num_threads(threads)
     return {method: round(statistics.median(rates), 2) for method, rates in found_rates.items()}
 
 
