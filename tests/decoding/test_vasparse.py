@@ -205,6 +205,18 @@ def test_sampling_draws_from_the_contrasted_distribution(family: str) -> None:
     assert again.sequences.shape[0] == 64
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [*PARTS.values(), MERGED], ids=[*PARTS, "merged"])
+def test_a_gpu_says_what_a_cpu_says(family: str, options: dict) -> None:
+    model = tiny.build(family)
+    batch = tiny.collate(tiny.mixed(model))
+    expected = generate(model, batch, options)
+    found = generate(model.cuda(), {k: v.cuda() for k, v in batch.items()}, options)
+    assert torch.equal(found.sequences.cpu(), expected.sequences)
+    assert float((torch.stack(found.logits).cpu() - torch.stack(expected.logits)).abs().max()) <= 1e-3
+
+
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 
