@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode-time methods: what a model says and remembers while it writes, beside what it sees."""
+
+from .contrast import SparseContrast
+from .vasparse import vasparse
+
+__all__ = ["SparseContrast", "vasparse"]
