@@ -74,9 +74,9 @@ class CDPruner(Pruner):
         start = first = 0
         for n, words in zip(tokens.sample_lens(len(tokens.text_lens)), tokens.text_lens, strict=True):
             if n and words:
-                unit, sound = common.unit_rows(tokens.features, start, n)
+                unit, sound = reference.unit_rows(tokens.features, start, n)
                 # The mean over words of the cosine is the cosine sum with one mean vector.
-                mean = common.unit_rows(tokens.text, first, words)[0].mean(0)
+                mean = reference.unit_rows(tokens.text, first, words)[0].mean(0)
                 scores[start : start + n] = (unit * mean).sum(1).masked_fill(~sound, torch.nan)
             start, first = start + n, first + words
         return (-scores if self.relevance == "negative" else scores), "question embeddings"

@@ -411,45 +411,6 @@ def normalise(scores: Tensor, lens: Sequence[int], noise: Tensor | float = 0.0) 
     return out
 
 
-class _Snapped(reference._Cosines):
-    """Cosines in which copies have exactly 1."""
-
-    def to(self, picks: Tensor) -> Tensor:
-        cosines = super().to(picks)
-        return cosines.masked_fill_(cosines > 1 - 1e-6, 1.0)
-
-
-@torch.no_grad()
-def sads(features: Tensor, importance: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Greedy picks by ``importance * (1 - largest cosine to a pick)``, seeded at the largest importance.
-
-    Parameters
-    ----------
-    features : Tensor
-        ``[T, D]``.
-    importance : Tensor
-        ``[T]`` in [0, 1]. NaN and infinite ones come last, as do rows with such values.
-    lens, counts
-        Rows and picks per pool, ``0 <= counts[p] <= lens[p]``.
-
-    Returns
-    -------
-    Tensor
-        ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice.
-    """
-    pools = reference._pools(features, lens, counts)
-    if not pools.counts:
-        return features.new_empty(0, dtype=torch.int64)
-    with torch.autocast(features.device.type, enabled=False):
-        cosines = _Snapped(features, pools)
-        padded = reference._padded(importance, pools, 0.0)
-        last = ~(cosines.sound & padded.isfinite())
-        padded = padded.masked_fill(last, 0.0)
-        first = padded.masked_fill(last, reference._LOWEST)
-        # importance - importance * cosine: the greedy loop's penalty, one per row.
-        return reference._greedy(pools, cosines, first, padded, cast(float, padded), last, 1)
-
-
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of what is finite in both; ties share their mean rank. NaN where either is flat."""
     sound = a.isfinite() & b.isfinite()
