@@ -8,12 +8,13 @@
 3. `_pick` (or `_cover`, `_volume`): one program per pool makes all picks. Each pick is one block-wide reduction and one
    row of the matrix from L2; the state of all rows stays in registers.
 
-**Packed keys.** A matrix of half-precision rows holds *distances* as int16 in units of 2^-14, already multiplied by
+**Packed keys.** A matrix of half-precision rows holds *distances* as int16 in units of 2^-13, already multiplied by
 the weight of diversity: a pick's row then takes one minimum and one multiply-add per element, and the result is a
 score in the upper 18 bits of an int32 with the index, reversed, in the lower 14. The largest key is the best score
 and, among equal ones, the lowest row. One int32 maximum is one hardware instruction per warp (``redux``); a score with
-a separate index would take a dozen shuffles. Rounding: 2^-15 for importance and distance each, so a pick's true score
-is at most 1.3e-4 below the best.
+a separate index would take a dozen shuffles. A row's distance to itself is the least int16, so a pick puts itself out
+of the race when its row arrives, and no instruction between two picks is spent on that. Rounding: 2^-14 for importance
+and for distance, so a pick's true score is at most 2.5e-4 below the best.
 
 **Exact keys.** fp32 rows take the cosines of `reference` bit by bit, and the same operations in the same order; score
 and index are reduced one after the other. So do half-precision pools whose importance does not fit a packed key.
@@ -38,10 +39,11 @@ SMALL = 1024
 #: Rows that the index of a packed key can tell apart.
 PACKED_ROWS = 1 << 14
 
-_UNIT = tl.constexpr(1 << 14)  # 1.0 in fixed point, and the number of indices
+_INDICES = tl.constexpr(1 << 14)
+_ONE = tl.constexpr(1 << 13)  # 1.0 in fixed point
+_PICKED = tl.constexpr(-(1 << 15))  # a row's distance to itself
+_SPREAD = tl.constexpr(2.5)  # of the importance, in a packed key
 _NOWHERE = tl.constexpr(-(1 << 31))
-_PICKED = tl.constexpr(-98304 * (1 << 14))
-_FAR = tl.constexpr(32767)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _FIELDS = tl.constexpr(8)
 
@@ -67,7 +69,7 @@ def _norms(x, inverse, nearest, width, stride, BLOCK: tl.constexpr, NEAREST: tl.
     # NaN fails the comparison.
     tl.store(inverse + row, tl.where(square < float("inf"), 1.0 / tl.maximum(length, 1e-8), 0.0))
     if NEAREST:
-        tl.store(nearest + row, 2 * _UNIT)
+        tl.store(nearest + row, 2 * _ONE)
 
 
 @triton.jit
@@ -86,8 +88,10 @@ def _gram(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     NEAREST: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """``offset + factor * cosine`` of all pairs of rows of a pool: int16 in units of 2^-14, or fp32, as `out` is."""
+    """``offset + factor * cosine`` of all pairs of rows of a pool, fp32 or int16 as `out` is; `_PICKED` on the diagonal
+    if packed."""
     pool = pools + tl.program_id(1) * _FIELDS
     start = tl.load(pool)
     n = tl.load(pool + 1).to(tl.int32)
@@ -128,12 +132,14 @@ def _gram(  # type: ignore[no-untyped-def]
     cosine = dots * (u[:, None] * v[None, :])
     value = offset + factor * tl.where((u[:, None] > 0) & (v[None, :] > 0), cosine, 0.0)
     if out.dtype.element_ty == tl.int16:
-        fixed = tl.minimum(tl.maximum(tl.floor(value * _UNIT + 0.5), -32767.0), 32767.0).to(tl.int32)
+        fixed = tl.floor(tl.minimum(tl.maximum(value, -3.0), 3.0) * _ONE + 0.5).to(tl.int32)
         if NEAREST:
             apart = (mine[:, None] != other[None, :]) & (mine < n)[:, None] & (other < n)[None, :]
-            usable = tl.where(apart & (u[:, None] > 0) & (v[None, :] > 0), fixed, 2 * _UNIT)
+            usable = tl.where(apart & (u[:, None] > 0) & (v[None, :] > 0), fixed, 2 * _ONE)
             tl.atomic_min(nearest + a, tl.min(usable, 1), mask=mine < n, sem="relaxed")
             tl.atomic_min(nearest + b, tl.min(usable, 0), mask=other < n, sem="relaxed")
+        if PACKED:
+            fixed = tl.where(mine[:, None] == other[None, :], _PICKED, fixed)
         value = fixed.to(tl.int16)
     wide = line.to(tl.int64)
     tl.store(
@@ -166,62 +172,44 @@ def _best(key, lane):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row(gram, pick, line, lane, LINE_OF_16: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = gram + pick.to(tl.int64) * line
-    if LINE_OF_16:
-        at = tl.multiple_of(at, 16)
-    return tl.load(at + lane, mask=lane < line, other=0)
-
-
-@triton.jit
 def _packed_key(closest, weight, low, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
     if MODE == SADS:
-        key = ((closest.to(tl.int32) * weight) & -_UNIT) | low
+        key = ((closest.to(tl.int32) * weight) & -_INDICES) | low
     else:
-        key = closest.to(tl.int32) * _UNIT + low
+        key = closest.to(tl.int32) * _INDICES + low
     return key
 
 
 @triton.jit
 def _packed_loop(  # type: ignore[no-untyped-def]
-    gram, line, lane, k, order, start, first, closest, weight, low, parallel, MODE: tl.constexpr, PARALLEL: tl.constexpr
+    row, line, lane, k, order, start, first, closest, weight, low, parallel, MODE: tl.constexpr, PARALLEL: tl.constexpr
 ):
-    """All picks of a pool by packed keys. Returns `low`, in which picked rows are marked."""
+    """All picks of a pool by packed keys. Returns the distances to the picks, in which picked rows are marked."""
     for step in range(0, tl.minimum(k, parallel)):
         pick = _best(first, lane)
         tl.store(order + step, start + pick)
-        row = _row(gram, pick, line, lane, True)
+        closest = tl.minimum(closest, tl.load(row + pick * line, mask=lane < line))
         first = tl.where(lane == pick, _NOWHERE, first)
-        low = tl.where(lane == pick, _PICKED if MODE != SADS else _NOWHERE, low)
-        weight = tl.where(lane == pick, 0, weight)
-        closest = tl.minimum(closest, row)
     if PARALLEL:
         for turn in range(parallel, k, parallel):
             key = _packed_key(closest, weight, low, MODE)
             for step in range(turn, tl.minimum(turn + parallel, k)):
-                pick = _UNIT - 1 - (tl.max(key, 0) & (_UNIT - 1))
+                pick = _INDICES - 1 - (tl.max(key, 0) & (_INDICES - 1))
                 tl.store(order + step, start + pick)
-                row = _row(gram, pick, line, lane, True)
+                closest = tl.minimum(closest, tl.load(row + pick * line, mask=lane < line))
                 key = tl.where(lane == pick, _NOWHERE, key)
-                low = tl.where(lane == pick, _PICKED if MODE != SADS else _NOWHERE, low)
-                weight = tl.where(lane == pick, 0, weight)
-                closest = tl.minimum(closest, row)
     else:
         for step in range(1, k):
-            pick = _UNIT - 1 - (tl.max(_packed_key(closest, weight, low, MODE), 0) & (_UNIT - 1))
-            row = _row(gram, pick, line, lane, True)
+            key = _packed_key(closest, weight, low, MODE)
+            pick = _INDICES - 1 - (tl.max(key, 0) & (_INDICES - 1))
+            closest = tl.minimum(closest, tl.load(row + pick * line, mask=lane < line))
             tl.store(order + step, start + pick)
-            # In the shadow of the load.
-            low = tl.where(lane == pick, _PICKED if MODE != SADS else _NOWHERE, low)
-            if MODE == SADS:
-                weight = tl.where(lane == pick, 0, weight)
-            closest = tl.minimum(closest, row)
-    return low
+    return closest
 
 
 @triton.jit
 def _exact_loop(  # type: ignore[no-untyped-def]
-    gram, line, lane, k, order, start, key, base, penalty, limit, unit, parallel, SNAP: tl.constexpr, LINED: tl.constexpr
+    row, line, lane, k, order, start, key, base, penalty, limit, unit, parallel, SNAP: tl.constexpr
 ):
     """All picks of a pool by ``base + penalty * distance`` in fp32. Returns `limit`, in which picked rows are marked.
 
@@ -233,12 +221,12 @@ def _exact_loop(  # type: ignore[no-untyped-def]
         for step in range(turn, tl.minimum(turn + parallel, k)):
             pick = _best(key, lane)
             tl.store(order + step, start + pick)
-            row = _row(gram, pick, line, lane, LINED).to(tl.float32) * unit
+            distance = tl.load(row + pick * line, mask=lane < line, other=0).to(tl.float32) * unit
             if SNAP:
-                row = tl.where(row < -(1 - 1e-6), -1.0, row)
+                distance = tl.where(distance < -(1 - 1e-6), -1.0, distance)
+            closest = tl.minimum(closest, distance)
             key = tl.where(lane == pick, _NOWHERE, key)
             limit = tl.where(lane == pick, _NOWHERE, limit)
-            closest = tl.minimum(closest, row)
     return limit
 
 
@@ -270,15 +258,17 @@ def _pick(  # type: ignore[no-untyped-def]
     line = (n + 15) // 16 * 16
     lane = tl.arange(0, BLOCK)
     inside = lane < n
-    last = tl.load(inverse + start + lane, mask=inside, other=0.0) <= 0
+    # Lanes beyond the end read the last row: no masks, so all loads are in flight at once.
+    at = start + tl.minimum(lane, n - 1)
+    last = tl.load(inverse + at) <= 0
     low_key = _ordered(tl.full([BLOCK], _LOWEST, tl.float32))
     if MODE == MAX_MIN:
-        near = tl.load(nearest + start + lane, mask=inside, other=0)
+        near = tl.load(nearest + at)
         first = _ordered(-near) if EXACT else near
         score = tl.zeros([BLOCK], tl.float32)
         penalty = tl.full([BLOCK], 1.0, tl.float32)
     else:
-        score = tl.load(importance + start + lane, mask=inside, other=0.0).to(tl.float32)
+        score = tl.load(importance + at).to(tl.float32)
         if MODE == MMR:
             score = tl.where(score == score, tl.minimum(tl.maximum(score, _LOWEST), -_LOWEST), _LOWEST)
             last = last | (score == _LOWEST)
@@ -292,37 +282,38 @@ def _pick(  # type: ignore[no-untyped-def]
             penalty = score
     first = tl.where(inside, tl.where(last, low_key, first), _NOWHERE)
     limit = tl.where(inside, tl.where(last, low_key, 0x7FFFFFFF), _NOWHERE)
+    row = gram + lane
     if EXACT:
         limit = _exact_loop(
-            gram, line, lane, k, order, start, first, score, penalty, limit, -1.0, parallel, MODE == SADS, False
+            row, line, lane, k, order, start, first, score, penalty, limit, -1.0, parallel, MODE == SADS
         )
         kept = inside & (limit == _NOWHERE)
     else:
-        reverse = _UNIT - 1 - lane
+        reverse = _INDICES - 1 - lane
+        far = tl.full([BLOCK], 32767, tl.int16)
         if MODE == SADS:
-            weight = tl.where(last, 0, tl.floor(tl.minimum(tl.maximum(score, 0.0), 1.0) * 32767.0 + 0.5).to(tl.int32))
-            low = tl.where(inside, tl.where(last, reverse - 65536 * _UNIT, reverse), _NOWHERE)
-            closest = tl.full([BLOCK], _FAR, tl.int16)
-            low = _packed_loop(
-                gram, line, lane, k, order, start, first, closest, weight, low, parallel, MODE, PARALLEL
-            )
-            kept = inside & (low == _NOWHERE)
+            # From 1 on, so that picked rows have a negative product; broken rows lie between those and all others.
+            weight = tl.where(last, 1, tl.floor(tl.minimum(tl.maximum(score, 0.0), 1.0) * 32766.0 + 1.5).to(tl.int32))
+            low = tl.where(inside, reverse, _NOWHERE)
+            closest = tl.where(last, -16384, far).to(tl.int16)
+            closest = _packed_loop(row, line, lane, k, order, start, first, closest, weight, low, parallel, MODE, PARALLEL)
+            kept = inside & (closest == _PICKED)
         else:
-            # Broken rows: a distance that no pick changes, so that they follow by index, before what is picked.
-            closest = tl.where(last & inside, -32768, _FAR).to(tl.int16)
-            fixed = tl.floor(tl.minimum(tl.maximum(score, -2.0), 2.0) * _UNIT + 0.5).to(tl.int32)
-            low = tl.where(inside, tl.where(last, -32704, fixed) * _UNIT + reverse, _PICKED)
-            if MODE == MMR and tl.max(tl.where(inside & ~last, tl.abs(score), 0.0), 0) > 2:
+            # Broken rows: a distance that only their own pick changes, so they follow by index, before what is picked.
+            closest = tl.where(last, -32767, far).to(tl.int16)
+            least = tl.min(tl.where(inside & ~last, score, float("inf")), 0)
+            most = tl.max(tl.where(inside & ~last, score, float("-inf")), 0)
+            fixed = tl.floor(tl.minimum(tl.maximum(score - least, 0.0), _SPREAD) * _ONE + 0.5).to(tl.int32)
+            low = tl.where(inside, tl.where(last, 22000, fixed) * _INDICES + reverse, -65536 * _INDICES)
+            if MODE == MMR and most - least > _SPREAD:
                 ones = tl.full([BLOCK], 1.0, tl.float32)
                 limit = _exact_loop(
-                    gram, line, lane, k, order, start, first, score, ones, limit, 1.0 / _UNIT, parallel, False, True
+                    row, line, lane, k, order, start, first, score, ones, limit, 1.0 / _ONE, parallel, False
                 )
                 kept = inside & (limit == _NOWHERE)
             else:
-                low = _packed_loop(
-                    gram, line, lane, k, order, start, first, closest, low, low, parallel, MODE, PARALLEL
-                )
-                kept = inside & (low == _PICKED)
+                closest = _packed_loop(row, line, lane, k, order, start, first, closest, low, low, parallel, MODE, PARALLEL)
+                kept = inside & (closest == _PICKED)
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(index + place, start + lane, mask=kept)
 
@@ -409,7 +400,7 @@ def _batches(lens: Sequence[int], counts: Sequence[int], usable: Sequence[bool],
 
 
 def cosines(
-    features: Tensor, plan: _Plan, dtype: torch.dtype, offset: float, factor: float, nearest: Tensor | None = None
+    features: Tensor, plan: _Plan, dtype: torch.dtype, offset: float, factor: float, packed: bool, nearest: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The matrices of all pools of a plan, flat, and 1 / length of each row of `features` (0 where it is broken).
 
@@ -426,7 +417,7 @@ def cosines(
     group = 1 if plan.longest * width <= 1 << 24 else 8
     _gram[_grid(plan.pools, plan.longest, tile, group)](
         features, inverse, gram, seen, plan.fields, width, features.stride(0), offset, factor,
-        TILE=tile, DEPTH=depth, GROUP=group, EVEN=width % depth == 0, NEAREST=nearest is not None,
+        TILE=tile, DEPTH=depth, GROUP=group, EVEN=width % depth == 0, NEAREST=nearest is not None, PACKED=packed,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return gram, inverse
@@ -496,7 +487,7 @@ def _pick_all(
         nearest = features.new_empty(features.shape[0], dtype=torch.int32 if packed else torch.float32)
     if packed:
         offset, factor = (1.0, -1.0) if mode == SADS else (0.0, lam - 1.0)
-        gram, sound = cosines(features, plan, torch.int16, offset, factor, nearest)
+        gram, sound = cosines(features, plan, torch.int16, offset, factor, True, nearest)
     else:
         gram, sound = _exact_cosines(features, plan, nearest)
     block = max(128, triton.next_power_of_2(plan.longest))
