@@ -14,16 +14,19 @@ the same in every run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import resolve
+from .coverage import coverage as slow_coverage
+from .dispatch import half, resolve
+from .dpp import dpp as slow_dpp
 
 
-class Picks(NamedTuple):
+@dataclass(frozen=True)
+class Picks:
     """Rows that were picked, ``[sum(counts)]`` int64 flat rows each.
 
     Parameters
@@ -78,7 +81,7 @@ def mmr(
     def slow(rows: slice, k: int) -> Tensor:
         return reference.mmr(features[rows], importance[rows], (rows.stop - rows.start,), (k,), lam, parallel_k)
 
-    return Picks(*greedy.run(greedy.MMR, features, importance, lens, counts, slow, lam, parallel_k))
+    return Picks(*greedy.pick(greedy.MMR, features, importance, lens, counts, slow, lam, parallel_k))
 
 
 @torch.no_grad()
@@ -94,7 +97,7 @@ def max_min(features: Tensor, lens: Sequence[int], counts: Sequence[int], backen
     def slow(rows: slice, k: int) -> Tensor:
         return reference.max_min(features[rows], (rows.stop - rows.start,), (k,))
 
-    return Picks(*greedy.run(greedy.MAX_MIN, features, None, lens, counts, slow))
+    return Picks(*greedy.pick(greedy.MAX_MIN, features, None, lens, counts, slow))
 
 
 @torch.no_grad()
@@ -114,4 +117,42 @@ def sads(
     def slow(rows: slice, k: int) -> Tensor:
         return reference.sads(features[rows], importance[rows], (rows.stop - rows.start,), (k,))
 
-    return Picks(*greedy.run(greedy.SADS, features, importance, lens, counts, slow))
+    return Picks(*greedy.pick(greedy.SADS, features, importance, lens, counts, slow))
+
+
+@torch.no_grad()
+def coverage(
+    features: Tensor, weight: Tensor, lens: Sequence[int], counts: Sequence[int], backend: str = "auto"
+) -> Picks:
+    """``weight * gain`` in the coverage of all rows; see `coverage.coverage`.
+
+    Parameters as in `mmr`, with weights that are not negative. fp32 rows run in PyTorch.
+    """
+    if weight.shape != features.shape[:1]:
+        raise ValueError(f"weight of shape {tuple(weight.shape)} for {features.shape[0]} rows")
+    if resolve(backend, features) == "torch" or not half(features):
+        return _in_order(slow_coverage(features, weight, lens, counts))
+    from . import cooperative
+
+    def slow(rows: slice, k: int) -> Tensor:
+        return slow_coverage(features[rows], weight[rows], (rows.stop - rows.start,), (k,))
+
+    return Picks(*cooperative.cover(features, weight, lens, counts, slow))
+
+
+@torch.no_grad()
+def dpp(features: Tensor, quality: Tensor, lens: Sequence[int], counts: Sequence[int], backend: str = "auto") -> Picks:
+    """The determinant of ``quality_i * quality_j * cosine_ij`` over the picks; see `dpp.dpp`.
+
+    Parameters as in `mmr`, with qualities that are not negative. fp32 rows run in PyTorch.
+    """
+    if quality.shape != features.shape[:1]:
+        raise ValueError(f"quality of shape {tuple(quality.shape)} for {features.shape[0]} rows")
+    if resolve(backend, features) == "torch" or not half(features):
+        return _in_order(slow_dpp(features, quality, lens, counts))
+    from . import cooperative
+
+    def slow(rows: slice, k: int) -> Tensor:
+        return slow_dpp(features[rows], quality[rows], (rows.stop - rows.start,), (k,))
+
+    return Picks(*cooperative.volume(features, quality, lens, counts, slow))

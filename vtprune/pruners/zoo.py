@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..budget import Budget
 from ..errors import ConfigError, UnsupportedModelError
-from ..kernels import reference
+from ..kernels import select
 from ..registry import Pruner, register
 from ..tokens import PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
 
@@ -155,14 +155,14 @@ class ZooPruner(Pruner):
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
         scores, noise, ran = self._estimate(tokens)
-        order = sads(tokens.features, normalise(scores, pools.lens, noise), pools.lens, pools.counts)
+        picks = select.sads(tokens.features, normalise(scores, pools.lens, noise), pools.lens, pools.counts)
         info = {"estimator": ran}
         if self.diagnostics:
             found = np.array(self.diagnose(tokens)).reshape(-1, 3)
             for name, column in zip(Diagnostics._fields, found.T, strict=True):
                 sound = column[~np.isnan(column)]
                 info[name] = f"{sound.mean():.3f}" if len(sound) else "nan"
-        return Selection.from_order(order, tokens, **info)
+        return Selection.from_picks(picks, tokens, **info)
 
     def diagnose(self, tokens: VisualTokens) -> list[Diagnostics]:
         """How far each image's sensitivity can be trusted, and what it adds to the norm. Waits for the device."""
