@@ -356,6 +356,16 @@ def test_strided_rows(name: str, dtype: torch.dtype) -> None:
 
 
 @full
+def test_a_whole_number_is_a_weight_too() -> None:
+    x, w = on_gpu(150, 64, torch.bfloat16)
+    op: Any = partial(select.mmr, x, w, [150], [30], backend="triton")
+    ones, halves = op(1).order, op(0.5).order
+    gram._PLANS.clear()
+    assert torch.equal(op(0.5).order, halves) and torch.equal(op(1).order, ones)
+    assert torch.equal(op(1.0).order, ones) and not torch.equal(ones, halves)
+
+
+@full
 @each_op
 def test_rows_that_are_not_aligned(name: str) -> None:
     x, w = on_gpu(200, 128, torch.bfloat16)

@@ -229,7 +229,7 @@ def pick(
     minmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Order and ascending rows of the picks of all pools; see `select` for the modes and `gram.run` for `slow`."""
-    packed = half(features)
+    lam, packed = float(lam), half(features)  # 1 and 1.0 are arguments of different variants
     kind = "pick", mode, packed, parallel_k, minmax
 
     def launch(features: Tensor, weight: Tensor | None, plan: Plan, order: Tensor, index: Tensor) -> None:
