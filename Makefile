@@ -15,17 +15,20 @@ KEEP ?= 1/4
 OVERLAY ?= kept.png
 PYTEST_ARGS ?=
 
-.PHONY: ask test lint format clean help
+.PHONY: ask test test-gpu lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 ask: $(VENV)/installed  ## install, then ask the embedded model about a picture, dense and pruned
 	$(BIN)/vtprune ask $(IMAGE) "$(QUESTION)" --method $(METHOD) --keep $(KEEP) --overlay $(OVERLAY)
 
 test: lint  ## install with the dev extras, lint, then run the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/installed-dev  ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)

@@ -16,6 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+# Before any kernel is defined: without a GPU, Triton kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 #: The only reasons for which a test may be skipped in CI (regular expressions, matched against the whole reason).
 ALLOWED_SKIPS = (
     r"could not import 'easy_vqa'.*",

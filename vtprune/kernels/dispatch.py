@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of an op runs: its Triton kernel or its PyTorch reference."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, VTPruneWarning
+
+BACKENDS = ("auto", "triton", "torch")
+
+#: Compute capability below which there is no kernel: bf16 matrix products need Ampere.
+_LEAST = (8, 0)
+
+
+def resolve(backend: str, tensor: Tensor) -> str:
+    """``"triton"`` or ``"torch"``: what runs an op on `tensor`.
+
+    Parameters
+    ----------
+    backend
+        ``"auto"``: Triton on a GPU that can, PyTorch elsewhere. What a CUDA tensor has no kernel for falls back to
+        PyTorch, with one `VTPruneWarning` per process and reason. ``"triton"`` or ``"torch"``: that or an error.
+    tensor : Tensor
+        An input of the op; only its device counts.
+
+    Raises
+    ------
+    ConfigError
+        The backend is unknown, or ``"triton"`` and cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "torch" or (backend == "auto" and tensor.device.type != "cuda"):
+        return "torch"
+    reason = _obstacle(tensor.device.type, tensor.device.index)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise ConfigError(f"backend='triton' cannot run here: {reason}; choose 'auto' or 'torch'")
+    _warn(reason)
+    return "torch"
+
+
+def interpreted() -> bool:
+    """Triton kernels run in its interpreter, on any device: ``TRITON_INTERPRET=1`` in the environment at import."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def half(rows: Tensor) -> bool:
+    """Rows that go to the tensor cores as they are."""
+    return rows.dtype in (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _obstacle(kind: str, index: int | None) -> str | None:
+    """Why Triton cannot run on a device; None where it can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"the package triton cannot be imported ({error})"
+    if interpreted():
+        return None
+    if kind != "cuda":
+        return f"it needs a CUDA GPU, not {kind}"
+    if torch.version.hip:
+        return "its kernels are tested on NVIDIA GPUs only"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _LEAST:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, kernels need {_LEAST[0]}.{_LEAST[1]}"
+    try:
+        from ._probe import run
+
+        run(torch.device(kind, index or 0))
+    except Exception as error:  # no C compiler, a driver that does not fit: whatever keeps Triton from running
+        first = str(error).partition("\n")[0]
+        return f"triton cannot compile a kernel ({type(error).__name__}: {first})"
+    return None
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"kernels run as plain PyTorch, which is slow: {reason}", VTPruneWarning, stacklevel=2)
