@@ -327,7 +327,7 @@ def _change_kernel(  # type: ignore[no-untyped-def]
 def _frobenius_kernel(  # type: ignore[no-untyped-def]
     rate, rate_tile, gram, out, tokens, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr
 ):
-    """``sum_k (rate G)_k rate_k`` over BN columns k: ``out [parts, T]``. `rate_tile`: `rate` in tiles of ``[BM, BN]``."""
+    """``sum_k (rate G)_k rate_k`` over BN columns, ``out [parts, T]``; `rate_tile` is `rate` in tiles ``[BM, BN]``."""
     row = tl.program_id(0) * BM
     part = tl.program_id(1)
     col = part * BN
