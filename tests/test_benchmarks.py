@@ -7,8 +7,9 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import prefill
+from benchmarks import kernels, prefill
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +55,49 @@ def test_a_line_that_fails_costs_only_itself(
     assert "no-such-method" in capsys.readouterr().err
     with out.open(encoding="utf-8") as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["dense", "ideal", "norm"]
+
+
+def test_kernels_are_timed_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "WARM_UP", 1)
+    monkeypatch.setattr(kernels, "MIN_RUNS", 2)
+    monkeypatch.setattr(kernels, "MAX_RUNS", 2)
+    out = tmp_path / "kernels.csv"
+    assert kernels.main(["--tiny", "--ops", "greedy", "--out", str(out), "--commit", "abc"]) == 0
+    with out.open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    ops = {line["op"] for line in lines}
+    assert ops == {f"greedy {name}" for name in ("mmr", "max-min", "sads", "coverage", "dpp")}
+    single = {(line["op"], line["what"]) for line in lines if "x2" not in line["shape"]}
+    assert single >= {(op, what) for op in ops for what in ("ours", "naive", "floor")}
+    assert all(0 < float(line["median_ms"]) <= float(line["p90_ms"]) and line["commit"] == "abc" for line in lines)
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_usual_loops_pick_what_the_ops_pick() -> None:
+    from benchmarks import kernels_greedy
+
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(30, 16, generator=generator), torch.rand(30, generator=generator)
+    for name, (op, naive) in kernels_greedy.OPS.items():
+        assert naive(x, w, 9).tolist() == op(x, w, (30,), (9,)).order.tolist(), name
+
+
+def test_a_kernel_that_fails_costs_only_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(device: torch.device) -> kernels.Work:
+        raise RuntimeError("no such shape")
+
+    def half(device: torch.device) -> kernels.Work:
+        return kernels.Work(lambda: torch.ones(2), naive=lambda: 1 / 0)
+
+    monkeypatch.setattr(kernels, "CASES", ())
+    entries = [kernels.Entry("a", "1", broken, tiny=True), kernels.Entry("b", "2", half, 0.5, tiny=True)]
+    monkeypatch.setattr(kernels, "ENTRIES", entries)
+    out = tmp_path / "kernels.csv"
+    assert kernels.main(["--tiny", "--out", str(out)]) == 1
+    with out.open(encoding="utf-8") as file:
+        assert [(line["op"], line["what"], line["target_ms"]) for line in csv.DictReader(file)] == [
+            ("b", "ours", "0.5")
+        ]
+    assert "no such shape" in capsys.readouterr().err

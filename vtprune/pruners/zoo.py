@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..budget import Budget
 from ..errors import ConfigError, UnsupportedModelError
-from ..kernels import reference
+from ..kernels import select
 from ..registry import Pruner, register
 from ..tokens import PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
 
@@ -155,14 +155,14 @@ class ZooPruner(Pruner):
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
         scores, noise, ran = self._estimate(tokens)
-        order = sads(tokens.features, normalise(scores, pools.lens, noise), pools.lens, pools.counts)
+        picks = select.sads(tokens.features, normalise(scores, pools.lens, noise), pools.lens, pools.counts)
         info = {"estimator": ran}
         if self.diagnostics:
             found = np.array(self.diagnose(tokens)).reshape(-1, 3)
             for name, column in zip(Diagnostics._fields, found.T, strict=True):
                 sound = column[~np.isnan(column)]
                 info[name] = f"{sound.mean():.3f}" if len(sound) else "nan"
-        return Selection.from_order(order, tokens, **info)
+        return Selection.from_picks(picks, tokens, **info)
 
     def diagnose(self, tokens: VisualTokens) -> list[Diagnostics]:
         """How far each image's sensitivity can be trusted, and what it adds to the norm. Waits for the device."""
@@ -409,45 +409,6 @@ def normalise(scores: Tensor, lens: Sequence[int], noise: Tensor | float = 0.0) 
         same = high - low <= 1e-6 * high + noise[rows].nanmedian()
         out[rows] = torch.where(same & sound, 1.0, (mine - low) / (high - low + 1e-8))
     return out
-
-
-class _Snapped(reference._Cosines):
-    """Cosines in which copies have exactly 1."""
-
-    def to(self, picks: Tensor) -> Tensor:
-        cosines = super().to(picks)
-        return cosines.masked_fill_(cosines > 1 - 1e-6, 1.0)
-
-
-@torch.no_grad()
-def sads(features: Tensor, importance: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Greedy picks by ``importance * (1 - largest cosine to a pick)``, seeded at the largest importance.
-
-    Parameters
-    ----------
-    features : Tensor
-        ``[T, D]``.
-    importance : Tensor
-        ``[T]`` in [0, 1]. NaN and infinite ones come last, as do rows with such values.
-    lens, counts
-        Rows and picks per pool, ``0 <= counts[p] <= lens[p]``.
-
-    Returns
-    -------
-    Tensor
-        ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice.
-    """
-    pools = reference._pools(features, lens, counts)
-    if not pools.counts:
-        return features.new_empty(0, dtype=torch.int64)
-    with torch.autocast(features.device.type, enabled=False):
-        cosines = _Snapped(features, pools)
-        padded = reference._padded(importance, pools, 0.0)
-        last = ~(cosines.sound & padded.isfinite())
-        padded = padded.masked_fill(last, 0.0)
-        first = padded.masked_fill(last, reference._LOWEST)
-        # importance - importance * cosine: the greedy loop's penalty, one per row.
-        return reference._greedy(pools, cosines, first, padded, cast(float, padded), last, 1)
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
