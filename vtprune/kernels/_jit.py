@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,6 +37,38 @@ def precise(x: Tensor) -> AbstractContextManager[Any]:
     """No autocast of what is computed with `x`."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+#: What `on_device` has copied: the numbers, their copy, and an event behind it. The oldest go first.
+_COPIES: dict[tuple[Any, ...], tuple[Tensor, Tensor, Any]] = {}
+_MOST_COPIES = 256
+#: Copies whose addresses are part of a captured graph: they must outlive it, and nobody tells when that ends.
+_CAPTURED: list[Tensor] = []
+
+
+def on_device(numbers: Sequence[int], device: torch.device, repeat: bool = False) -> Tensor:
+    """Host numbers as int64 on a device; with `repeat`, each index as often as its number says. Not to be written to.
+
+    Copied at their first use only: nobody waits, and a call can be captured in a CUDA graph once it has run."""
+    key = tuple(numbers), device, repeat
+    found = _COPIES.get(key)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if found is None:
+        host = torch.tensor(key[0], dtype=torch.int64)
+        host = torch.repeat_interleave(host) if repeat else host
+        copy = host.to(device, non_blocking=True)
+        if device.type != "cuda":
+            return copy
+        found = host, copy, None if capturing else torch.cuda.current_stream(device).record_event()
+        if not capturing:  # inside a graph it has no content before the first replay
+            if len(_COPIES) >= _MOST_COPIES:
+                _COPIES.pop(next(iter(_COPIES)))
+            _COPIES[key] = found
+    elif not capturing:  # a capture begins with a wait for everything
+        torch.cuda.current_stream(device).wait_event(found[2])
+    if capturing:
+        _CAPTURED.extend(found[:2])
+    return found[1]
 
 
 def descriptor(x: Tensor, block: list[int]) -> Any:
