@@ -29,9 +29,7 @@ def qk(
     )
 
 
-def by_hand(
-    query: Tensor, key: Tensor, softmax: bool, mask: Tensor | None, slots: Tensor | None, mean: bool
-) -> Tensor:
+def by_hand(query: Tensor, key: Tensor, softmax: bool, mask: Tensor | None, slots: Tensor | None, mean: bool) -> Tensor:
     """The whole map, one head after the other."""
     q, k = query.double(), key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])

@@ -158,7 +158,9 @@ def test_no_bias_strided_rows_and_transposed_weights() -> None:
     check(x[::3], layers, directions, 0.01, 3e-3)
     wide = torch.zeros(60, 256, dtype=x.dtype, device=x.device)
     wide[:, ::2] = x
-    assert torch.equal(check(wide[:, ::2], layers, directions, 0.01, 3e-3)[::3], check(x[::3], layers, directions, 0.01))
+    assert torch.equal(
+        check(wide[:, ::2], layers, directions, 0.01, 3e-3)[::3], check(x[::3], layers, directions, 0.01)
+    )
 
 
 @full
@@ -216,7 +218,7 @@ def test_zoo_on_a_gpu_scores_with_the_kernels(estimator: str, monkeypatch: pytes
     for name in ("mean_change", "mean_square_change"):
         real = getattr(op, name)
         monkeypatch.setattr(op, name, lambda *a, name=name, real=real, **k: ran.append(name) or real(*a, **k))
-    x, layers, directions = problem(80, 64, 128, 128, 32, torch.bfloat16)
+    x, _, directions = problem(80, 64, 128, 128, 32, torch.bfloat16)
     first, second = nn.Linear(64, 128), nn.Linear(128, 128)
     projector = nn.Sequential(first, nn.GELU(), second).bfloat16().cuda()
     got = zoo.sensitivity(x, projector, directions, 0.01, estimator)

@@ -17,7 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..budget import Budget
 from ..errors import ConfigError, UnsupportedModelError
-from ..kernels import select, sensitivity as op
+from ..kernels import select
+from ..kernels import sensitivity as op
 from ..kernels.dispatch import half, resolve
 from ..registry import Pruner, register
 from ..tokens import PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
