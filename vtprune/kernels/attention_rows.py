@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._jit import device_of, jit, multipliable, on_device, tl, triton
-from .dispatch import resolve
+from .dispatch import half, resolve
 
 
 @torch.no_grad()
@@ -179,12 +179,13 @@ def reference_ragged(
 
 @jit
 def _logits_kernel(  # type: ignore[no-untyped-def]
-    query, key, mask, slots, logits, tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch,
+    query, key, mask, slots, out, tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch,
     blocks, query_b, query_h, query_r, key_b, key_h, key_l, mask_b, mask_l, slot_b, slot_r,
     RC: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
     RAGGED: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    """Logits of RC queries (G heads each) to a block of keys of one key head, and what their softmax needs of them."""
+    """Logits of RC queries (G heads each) to a block of keys of one key head, or SOFTMAX: their exponentials below the
+    block's largest, that one, and their sum."""
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
@@ -221,23 +222,37 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
         seen = seen & (lane[None, :] <= slot[:, None])
     value = tl.where(seen, value, float("-inf"))
     place = (sample * kv_heads * G + head * G + group) * RC + i % RC
-    tl.store(
-        logits + place[:, None] * pitch + lane[None, :], value, mask=(group < G)[:, None] & (lane < pitch)[None, :]
-    )
     if SOFTMAX:
         top = tl.max(value, 1)
-        total = tl.sum(tl.exp(value - tl.where(top == float("-inf"), 0.0, top)[:, None]), 1)
+        value = tl.exp(value - tl.where(top == float("-inf"), 0.0, top)[:, None])
         tl.store(tops + place * blocks + block, top, mask=group < G)
-        tl.store(sums + place * blocks + block, total, mask=group < G)
+        tl.store(sums + place * blocks + block, tl.sum(value, 1), mask=group < G)
+    to = out + place[:, None] * pitch + lane[None, :]
+    tl.store(to, value.to(out.dtype.element_ty), mask=(group < G)[:, None] & (lane < pitch)[None, :])
+
+
+@jit
+def _shares_kernel(tops, sums, places, blocks, PB: tl.constexpr, NB: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What an exponential of each block is worth in the softmax of its whole row; takes the place of `sums`."""
+    place = tl.program_id(0) * PB + tl.arange(0, PB)
+    n = tl.arange(0, NB)
+    at = place.to(tl.int64)[:, None] * blocks + n[None, :]
+    here = (place < places)[:, None] & (n < blocks)[None, :]
+    top = tl.load(tops + at, mask=here, other=float("-inf"))
+    highest = tl.max(top, 1)
+    top = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+    total = tl.sum(tl.load(sums + at, mask=here, other=0.0) * top, 1)
+    tl.store(sums + at, top / tl.where(highest == float("-inf"), 1.0, total)[:, None], mask=here)
 
 
 @jit
 def _average_kernel(  # type: ignore[no-untyped-def]
-    logits, tops, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch, blocks,
-    RC: tl.constexpr, HB: tl.constexpr, NB: tl.constexpr, BL: tl.constexpr,
+    given, shares, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch, blocks,
+    RC: tl.constexpr, HB: tl.constexpr, BL: tl.constexpr, SPAN: tl.constexpr,
     RAGGED: tl.constexpr, SOFTMAX: tl.constexpr, MEAN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Mean over heads (MEAN: and over queries) of the weights or logits of a block of keys."""
+    """Mean over heads (MEAN: and over queries) of the weights or logits of a block of keys; `given` is what
+    `_logits_kernel` made, in blocks of SPAN keys."""
     lane = tl.program_id(0) * BL + tl.arange(0, BL)
     row = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
@@ -247,7 +262,6 @@ def _average_kernel(  # type: ignore[no-untyped-def]
         keys = tl.load(key_cu + sample + 1) - start
     else:
         start = sample * keys
-    n = tl.arange(0, NB)
     acc = tl.zeros([BL], dtype=tl.float32)
     count = heads * RC if MEAN else heads
     for low in range(0, count, HB):
@@ -255,19 +269,11 @@ def _average_kernel(  # type: ignore[no-untyped-def]
         here = j < count
         place = sample * heads * RC + (j if MEAN else j * RC + row)
         value = tl.load(
-            logits + place[:, None] * pitch + lane[None, :],
-            mask=here[:, None] & (lane < keys)[None, :],
-            other=float("-inf"),
-        )
+            given + place[:, None] * pitch + lane[None, :], mask=here[:, None] & (lane < keys)[None, :], other=0.0
+        ).to(tl.float32)
         if SOFTMAX:
-            at = place[:, None] * blocks + n[None, :]
-            each = here[:, None] & (n < blocks)[None, :]
-            top = tl.load(tops + at, mask=each, other=float("-inf"))
-            highest = tl.max(top, 1)
-            safe = tl.where(highest == float("-inf"), 0.0, highest)
-            total = tl.sum(tl.load(sums + at, mask=each, other=0.0) * tl.exp(top - safe[:, None]), 1)
-            value = tl.exp(value - safe[:, None]) / tl.where(highest == float("-inf"), 1.0, total)[:, None]
-        acc += tl.sum(tl.where(here[:, None], value, 0.0), 0)
+            value *= tl.load(shares + place * blocks + tl.program_id(0) * BL // SPAN, mask=here, other=0.0)[:, None]
+        acc += tl.sum(value, 0)
     acc *= factor
     if MEAN:
         to = out + start + lane
@@ -334,13 +340,15 @@ def _rows_triton(
     chunk = min(rows, max(1, most // groups))
     bm, bd = max(16, triton.next_power_of_2(groups * chunk)), max(16, triton.next_power_of_2(dim))
     blocks = -(-keys // bl)
-    pitch = -(-keys // 4) * 4
-    logits = torch.empty(samples * heads * chunk, pitch, dtype=torch.float32, device=device)
+    pitch = -(-keys // 8) * 8
+    # Between 0 and 1, so that half precision costs no weight more than 1/2000 of it; logits have no such bounds.
+    kept = torch.float16 if softmax and half(query) else torch.float32
+    between = torch.empty(samples * heads * chunk, pitch, dtype=kept, device=device)
     tops = torch.empty(samples * heads * chunk if softmax else 1, blocks, dtype=torch.float32, device=device)
     sums = torch.empty_like(tops)
     length, average_warps = _AVERAGE
-    nb = triton.next_power_of_2(blocks)
-    hb = max(1, min(triton.next_power_of_2(heads), 32, 4096 // nb))
+    places, nb = tops.shape[0], triton.next_power_of_2(blocks)
+    hb, pb = min(triton.next_power_of_2(heads * (chunk if mean else 1)), 64), max(1, min(16, 2048 // nb))
     mask_at, slot_at = ((0, 0) if x is None else (0, x.stride(0)) if ragged else x.stride() for x in (mask, slots))
     factor = 1.0 / heads
     if mean and slots is None and not ragged:
@@ -348,15 +356,16 @@ def _rows_triton(
     with device_of(query):
         for first in range(0, rows, chunk):
             _logits_kernel[(blocks, kv_heads, samples)](
-                query, key, key if mask is None else mask.view(torch.int8), key if slots is None else slots, logits,
+                query, key, key if mask is None else mask.view(torch.int8), key if slots is None else slots, between,
                 tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch, blocks, *query_at,
-                *key_at,
-                *mask_at, *slot_at, RC=chunk, G=groups, BM=bm, BL=bl, BD=bd, RAGGED=ragged, MASK=mask is not None,
-                CAUSAL=slots is not None, SOFTMAX=softmax, num_warps=warps,
+                *key_at, *mask_at, *slot_at, RC=chunk, G=groups, BM=bm, BL=bl, BD=bd, RAGGED=ragged,
+                MASK=mask is not None, CAUSAL=slots is not None, SOFTMAX=softmax, num_warps=warps,
             )  # fmt: skip
+            if softmax:
+                _shares_kernel[(-(-places // pb),)](tops, sums, places, blocks, PB=pb, NB=nb, num_warps=4)
             _average_kernel[(-(-keys // length), 1 if mean else min(chunk, rows - first), samples)](
-                logits, tops, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch, blocks,
-                RC=chunk, HB=hb, NB=nb, BL=length, RAGGED=ragged, SOFTMAX=softmax, MEAN=mean, ADD=first > 0,
+                between, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch, blocks,
+                RC=chunk, HB=hb, BL=length, RAGGED=ragged, SOFTMAX=softmax, MEAN=mean, ADD=first > 0, SPAN=bl,
                 num_warps=average_warps,
             )  # fmt: skip
     if mean and (slots is not None or ragged):
