@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -100,6 +101,11 @@ OPS: dict[str, tuple[Callable[[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]
 }
 
 
+def products(x: Tensor, pools: int) -> Tensor:
+    batch = x.unflatten(0, (pools, -1))
+    return batch @ batch.transpose(1, 2)
+
+
 def add(name: str, n: int, k: int, dim: int, target: float | None, pools: int = 1, tiny: bool = False) -> None:
     op, naive = OPS[name]
     shape = f"{n}/{k} D={dim}" + (f" x{pools}" if pools > 1 else "")
@@ -109,8 +115,24 @@ def add(name: str, n: int, k: int, dim: int, target: float | None, pools: int = 
         x, w = rows(n * pools, dim, device)
         lens, counts = (n,) * pools, (k,) * pools
         if pools > 1:
-            return Work(lambda: op(x, w, lens, counts), graph=True)
+            return Work(lambda: op(x, w, lens, counts), floor=partial(products, x, pools), graph=True)
         return Work(lambda: op(x, w, lens, counts), lambda: naive(x, w, k), lambda: x @ x.T, graph=True)
+
+
+def add_cosines(n: int, dim: int, pools: int) -> None:
+    """What a call does before it picks. Kernels alone, so there is no tiny shape."""
+
+    @register("greedy cosines", f"{n} D={dim}" + (f" x{pools}" if pools > 1 else ""))
+    def make(device: torch.device) -> Work:
+        from vtprune.kernels import gram
+
+        x, lens = rows(n * pools, dim, device)[0], (n,) * pools
+        plan = gram.plan_of(x, None, lens, lens, (True,) * pools)
+        return Work(
+            lambda: gram.cosines(x, plan, torch.int16, 0.0, LAM - 1, True),
+            floor=partial(products, x, pools),
+            graph=True,
+        )
 
 
 for n, k, dim, target in SHAPES:
@@ -123,6 +145,9 @@ for other in ("max-min", "sads"):
 for other in ("coverage", "dpp"):
     for n, k, dim, _ in SHAPES[:4]:
         add(other, n, k, dim, None)
+for n, _, dim, _ in SHAPES:
+    for pools in (1, 8) if n <= 4096 else (1,):
+        add_cosines(n, dim, pools)
 for name in OPS:
     add(name, 40, 8, 32, None, tiny=True)
     add(name, 40, 8, 32, None, pools=2, tiny=True)

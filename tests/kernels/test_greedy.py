@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vtprune.kernels import reference as from_reference
 from vtprune.kernels import select
 from vtprune.kernels.select import Picks
 
@@ -179,6 +180,23 @@ def test_importance_that_no_packed_key_can_hold() -> None:
             closest = torch.maximum(closest, unit @ unit[pick])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_importance_is_scaled_as_the_reference_scales_it(dtype: torch.dtype, rounds: int) -> None:
+    lens, counts = (20, 0, 1, 9, 3), (12, 0, 1, 9, 2)
+    x, w = rows(sum(lens), 20, dtype)
+    w = 40 * w - 7
+    w[2], w[5], w[9] = NAN, INF, -INF
+    w[21:30] = -3.5  # all alike
+    x, w = x.to(DEVICE), w.to(DEVICE)
+    op: Any = partial(select.mmr, x, lens=lens, counts=counts, lam=0.6, parallel_k=rounds)
+    got = op(w, minmax=True, backend="triton")
+    assert torch.equal(got.order, op(from_reference.minmax(w, lens), backend="triton").order)
+    assert torch.equal(got.index, got.order.sort().values)
+    if dtype == torch.float32:
+        assert torch.equal(got.order, op(w, minmax=True, backend="torch").order)
+
+
 @each_op
 @pytest.mark.parametrize("lens", [(), (0,), (3, 0, 2)])
 def test_nothing_to_pick(name: str, lens: Lens) -> None:
@@ -236,6 +254,60 @@ def test_cpu_tensors_run_in_pytorch_unless_told_otherwise() -> None:
         assert op(x, w, lens=[12], counts=[5], backend="auto").order.tolist() == reference(name, x, w, [12], [5])
 
 
+def test_a_launch_asks_triton_once() -> None:
+    asked: list[Any] = []
+
+    class Kernel:
+        """What Triton shows of a kernel: the first `__getitem__` compiles, a variant's launches."""
+
+        def __init__(self, name: str, variant: Any) -> None:
+            self.name, self.variant = name, variant
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(*args: Any, **options: Any) -> Any:
+                asked.append((self.name, grid, args, options))
+                return self.variant
+
+            return run
+
+    launch = gram.Launch(Kernel("jit", Kernel("variant", None)), (5, 2), (128, True), num_warps=4)
+    launch("x", 1)
+    launch("y", 2)
+    launch("z", 3)
+    assert asked == [
+        ("jit", (5, 2), ("x", 1, 128, True), {"num_warps": 4}),
+        ("variant", (5, 2, 1), ("y", 2, 128, True), {}),
+        ("variant", (5, 2, 1), ("z", 3, 128, True), {}),
+    ]
+    # The interpreter has no variants.
+    launch = gram.Launch(Kernel("interpreter", None), (1,), ())
+    launch(1)
+    launch(2)
+    assert [name for name, *_ in asked[3:]] == ["interpreter"] * 2
+
+
+def test_inputs_that_need_another_variant_have_another_plan() -> None:
+    buffer, w = torch.zeros(9 * 32 + 8, dtype=torch.float16), torch.zeros(10)
+    x = buffer[: 9 * 32].view(9, 32)
+
+    def plan(x: Tensor, w: Tensor | None = None, counts: Lens = (4,)) -> gram.Plan:
+        return gram.plan_of(x, w, (9,), tuple(counts), (True,))
+
+    assert plan(x) is plan(x.clone())
+    others = [
+        plan(x), plan(x, counts=(5,)), plan(buffer[1:][: 9 * 32].view(9, 32)), plan(x.bfloat16()), plan(x[:, :16]),
+        plan(x[:, :16].contiguous()), plan(x, w[:9]), plan(x, w[1:]), plan(x, w[:9].half()),
+    ]  # fmt: skip
+    assert len({id(p) for p in others}) == len(others)
+
+
+def test_tiles_follow_the_work_of_all_pools() -> None:
+    def side(n: int, pools: int) -> int:
+        return gram.Plan((n,) * pools, (1,) * pools, (True,) * pools, torch.device("cpu")).tile[0]
+
+    assert [side(576, 1), side(1296, 1), side(2880, 1), side(576, 8), side(1296, 8)] == [64, 64, 128, 128, 128]
+
+
 # -- in full, on a GPU ------------------------------------------------------------------------------------------------
 
 full = pytest.mark.gpu
@@ -249,8 +321,11 @@ def on_gpu(n: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor,
 
 @full
 @each_op
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dim", [64, 200, 577])
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [(torch.float32, 200), (torch.float32, 577), (torch.bfloat16, 64), (torch.bfloat16, 577), (torch.float16, 200)],
+    ids=str,
+)
 def test_odd_sizes(name: str, dtype: torch.dtype, dim: int) -> None:
     lens = (1, 0, 2, 127, 131, 577) if name in ("dpp", "coverage") else (1, 0, 2, 127, 131, 577, 1300)
     counts = [max(1, n // 5) if n else 0 for n in lens]
@@ -262,11 +337,8 @@ def test_odd_sizes(name: str, dtype: torch.dtype, dim: int) -> None:
 
 
 @full
-@each_op
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("name", "n"), [(o, n) for o in OPS for n in SIZES if n < 600 or o in SINGLE])
 def test_all_rows_of_a_pool(name: str, n: int) -> None:
-    if name in ("dpp", "coverage") and n > 600:
-        n = 600
     x, w = on_gpu(n, 96, torch.bfloat16)
     order = triton(name, x, w, [n], [n]).order
     assert torch.equal(order.sort().values, torch.arange(n, device="cuda"))
@@ -284,10 +356,33 @@ def test_strided_rows(name: str, dtype: torch.dtype) -> None:
 
 
 @full
+def test_a_whole_number_is_a_weight_too() -> None:
+    x, w = on_gpu(150, 64, torch.bfloat16)
+    op: Any = partial(select.mmr, x, w, [150], [30], backend="triton")
+    ones, halves = op(1).order, op(0.5).order
+    gram._PLANS.clear()
+    assert torch.equal(op(0.5).order, halves) and torch.equal(op(1).order, ones)
+    assert torch.equal(op(1.0).order, ones) and not torch.equal(ones, halves)
+
+
+@full
+@each_op
+def test_rows_that_are_not_aligned(name: str) -> None:
+    x, w = on_gpu(200, 128, torch.bfloat16)
+    expected = triton(name, x, w, [200], [50]).order
+    shifted, importance = torch.empty(200 * 128 + 8, dtype=x.dtype, device="cuda"), torch.empty(203, device="cuda")
+    y, v = shifted[3 : 3 + 200 * 128].view(200, 128), importance[3:]  # of the same shape and strides
+    y.copy_(x)
+    v.copy_(w)
+    assert torch.equal(triton(name, y, v, [200], [50]).order, expected)
+
+
+@full
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_alone_in_a_batch_and_again(name: str, dtype: torch.dtype) -> None:
-    lens, counts = (577, 1, 0, 144, 1030, 577), (64, 1, 0, 144, 100, 200)
+    # Together they get larger tiles than each of them alone.
+    lens, counts = (577, 1, 0, 144, 1030, 577, 700), (64, 1, 0, 144, 100, 200, 50)
     x, w = on_gpu(sum(lens), 256, dtype)
     x[577 + 1 + 20 : 577 + 1 + 40] = x[577 + 1 : 577 + 1 + 20]
     together = triton(name, x, w, lens, counts).order.tolist()

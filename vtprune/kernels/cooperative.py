@@ -24,7 +24,7 @@ from torch import Tensor
 from .coverage import COVERED
 from .dispatch import interpreted
 from .dpp import SPENT
-from .gram import FIELDS, MOST_ROWS, NOWHERE, ONE, Plan, cosines, ordered, run
+from .gram import FIELDS, MOST_ROWS, NOWHERE, ONE, Launch, Plan, cosines, ordered, run
 
 _COVERED = tl.constexpr(COVERED)
 _SPENT = tl.constexpr(SPENT)
@@ -236,49 +236,49 @@ def _programs(plan: Plan, device: torch.device) -> int:
     return 1 if interpreted() else max(1, min(_processors(device) // plan.pools, -(-plan.longest // SHARE)))
 
 
-def _scratch(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor, int]:
-    """Ceilings of all rows, slots of all picks, programs per pool."""
+def _scratch(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Ceilings of all rows, slots of all picks."""
     ceiling = torch.empty(features.shape[0], device=features.device)
-    slots = torch.zeros(plan.slots, dtype=torch.int64, device=features.device)
-    return ceiling, slots, _programs(plan, features.device)
+    return ceiling, torch.zeros(plan.slots, dtype=torch.int64, device=features.device)
 
 
-def _together(count: int) -> dict[str, Any]:
-    return {"TOGETHER": count > 1, "launch_cooperative_grid": count > 1}
+def _launch(kernel: Any, features: Tensor, plan: Plan, *constants: int, num_warps: int) -> Launch:
+    name = kernel.__name__
+    if name not in plan.launches:
+        count = _programs(plan, features.device)
+        plan.launches[name] = Launch(
+            kernel, (count, plan.pools), (count > 1, *constants, plan.block),
+            num_warps=num_warps, launch_cooperative_grid=count > 1,
+        )  # fmt: skip
+    return plan.launches[name]
 
 
 def cover(
     features: Tensor, weight: Tensor, lens: Sequence[int], counts: Sequence[int], slow: Callable[[slice, int], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Order and ascending rows of the picks of all pools by coverage; see `select.coverage` and `gram.run`."""
-    weight = weight.detach().contiguous()
 
-    def launch(features: Tensor, plan: Plan, order: Tensor, index: Tensor) -> None:
+    def launch(features: Tensor, weight: Tensor | None, plan: Plan, order: Tensor, index: Tensor) -> None:
         gram, inverse = cosines(features, plan, torch.int16)
-        ceiling, slots, count = _scratch(features, plan)
-        block = max(128, triton.next_power_of_2(plan.longest))
-        _cover[(count, plan.pools)](
-            gram, weight, inverse, ceiling, slots, plan.fields, order, index,
-            ROWS=max(1, 16384 // block), BLOCK=block, num_warps=8, **_together(count),
-        )  # fmt: skip
+        ceiling, slots = _scratch(features, plan)
+        _launch(_cover, features, plan, max(1, 16384 // plan.block), num_warps=8)(
+            gram, weight, inverse, ceiling, slots, plan.fields, order, index
+        )
 
-    return run(features, lens, counts, MOST_ROWS, 2, slow, launch)
+    return run(features, weight, lens, counts, MOST_ROWS, 2, slow, launch)
 
 
 def volume(
     features: Tensor, quality: Tensor, lens: Sequence[int], counts: Sequence[int], slow: Callable[[slice, int], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Order and ascending rows of the picks of all pools by a DPP; see `select.dpp` and `gram.run`."""
-    quality = quality.detach().contiguous()
 
-    def launch(features: Tensor, plan: Plan, order: Tensor, index: Tensor) -> None:
+    def launch(features: Tensor, weight: Tensor | None, plan: Plan, order: Tensor, index: Tensor) -> None:
         gram, inverse = cosines(features, plan, torch.float32)
-        ceiling, slots, count = _scratch(features, plan)
+        ceiling, slots = _scratch(features, plan)
         columns = torch.empty(plan.columns, device=features.device)
-        block = max(128, triton.next_power_of_2(plan.longest))
-        _volume[(count, plan.pools)](
-            gram, quality, inverse, ceiling, torch.empty_like(ceiling), columns, slots, plan.fields, order, index,
-            ROWS=SHARE, DONE=64, BLOCK=block, num_warps=4, **_together(count),
-        )  # fmt: skip
+        _launch(_volume, features, plan, SHARE, 64, num_warps=4)(
+            gram, weight, inverse, ceiling, torch.empty_like(ceiling), columns, slots, plan.fields, order, index
+        )
 
-    return run(features, lens, counts, MOST_ROWS, 4, slow, launch)
+    return run(features, quality, lens, counts, MOST_ROWS, 4, slow, launch)

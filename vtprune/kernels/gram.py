@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -22,8 +24,10 @@ from . import reference
 
 #: Matrices of one call take at most this much memory at a time; a larger one has the memory for itself.
 GRAM_BYTES = 1 << 30
-#: Up to this many rows, smaller tiles keep more of a GPU busy.
-SMALL = 1024
+#: Sides of `_gram`'s tiles, columns per step, warps and stages, for at most so many tiles of 128 x 128 in all pools.
+#: Measured on an H100 with 132 processors, see docs/kernels.md: few large tiles leave processors idle, many are best
+#: two to a processor.
+TILES = ((96, (64, 128, 4, 4)), (400, (128, 64, 8, 4)), (math.inf, (128, 64, 4, 3)))
 #: Rows of half precision that a pool may have: more do not fit the index of a packed key (see `greedy`), and their
 #: matrix would take more than half a gigabyte.
 MOST_ROWS = 1 << 14
@@ -149,8 +153,35 @@ def line(n: int) -> int:
     return -(-n // 16) * 16
 
 
+def tiles(n: int, side: int) -> int:
+    """Square tiles in the lower triangle of a matrix."""
+    wide = -(-n // side)
+    return wide * (wide + 1) // 2
+
+
+class Launch:
+    """A kernel with its grid, constants (the last of its parameters) and options.
+
+    The first call goes through Triton, which looks at every argument to find or compile the right variant: 20 to 30 us
+    of host time, more than some kernels run. Later calls go straight to the variant that was found. So whatever decides
+    on it, dtypes, alignment and whole numbers, must be the same in all calls; see `plan_of`.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: tuple[Any, ...], **options: Any) -> None:
+        self.kernel, self.grid, self.constants, self.options = kernel, grid, constants, options
+        self.found: Any = None
+
+    def __call__(self, *args: Any) -> None:
+        if self.found is None:
+            variant = self.kernel[self.grid](*args, *self.constants, **self.options)
+            if variant is not None:  # the interpreter has none
+                self.found = variant[(*self.grid, 1, 1)[:3]]
+        else:
+            self.found(*args, *self.constants)
+
+
 class Plan:
-    """What the host tells the kernels about some pools; made once per shape, see `plan_of`.
+    """What the host tells the kernels about some pools, and how it launches them; made once per shape, see `plan_of`.
 
     Parameters
     ----------
@@ -168,11 +199,18 @@ class Plan:
                 cells, columns, slots = cells + n * line(n), columns + k * line(n), slots + k + 1
             start, picks = start + n, picks + k
         self.pools, self.longest = len(fields), max(n for _, n, *_ in fields)
+        #: Lanes that hold the rows of any pool.
+        self.block = max(128, triton.next_power_of_2(self.longest))
         #: Sizes of what kernels work in: matrices, one column per pick, one number per pick and one more.
         self.cells, self.columns, self.slots = cells, columns, slots
+        large = sum(tiles(n, 128) for _, n, *_ in fields)
+        #: Side, depth, warps, stages of `_gram`.
+        self.tile = next(tile for most, tile in TILES if large <= most)
+        self.launches: dict[Any, Launch] = {}
         #: Kept beside its copy: a graph that captured the copy reads it again.
         self.host = torch.tensor(fields, dtype=torch.int64)
         self.fields = self.host.to(device, non_blocking=True)
+        #: None once the copy is known to be there.
         self.ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
@@ -182,9 +220,16 @@ _MOST_PLANS = 256
 _CAPTURED: list[Plan] = []
 
 
-def plan_of(lens: tuple[int, ...], counts: tuple[int, ...], taken: tuple[bool, ...], device: torch.device) -> Plan:
-    """The plan of a shape, made at its first call."""
-    key = lens, counts, taken, device
+def plan_of(
+    features: Tensor, weight: Tensor | None, lens: tuple[int, ...], counts: tuple[int, ...], taken: tuple[bool, ...]
+) -> Plan:
+    """The plan of a shape, made at its first call. Everything about the inputs that decides on variants of kernels is
+    part of the shape; what kernels are given besides comes fresh from the allocator, and so is aligned."""
+    device = features.device
+    key = (
+        lens, counts, taken, device, features.dtype, features.shape[1], features.stride(0), features.data_ptr() % 16,
+        None if weight is None else (weight.dtype, weight.data_ptr() % 16),
+    )  # fmt: skip
     found = _PLANS.get(key)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if found is None:
@@ -193,8 +238,11 @@ def plan_of(lens: tuple[int, ...], counts: tuple[int, ...], taken: tuple[bool, .
             if len(_PLANS) >= _MOST_PLANS:
                 _PLANS.pop(next(iter(_PLANS)))
             _PLANS[key] = found
-    elif found.ready is not None and not capturing:  # a capture begins with a wait for everything
-        torch.cuda.current_stream(device).wait_event(found.ready)
+    elif (ready := found.ready) is not None and not capturing:  # a capture begins with a wait for everything
+        if ready.query():
+            found.ready = None
+        else:
+            torch.cuda.current_stream(device).wait_event(ready)
     if capturing:
         _CAPTURED.append(found)
     return found
@@ -217,12 +265,13 @@ def _batches(lens: Sequence[int], counts: Sequence[int], most: int, size: int) -
 
 def run(
     features: Tensor,
+    weight: Tensor | None,
     lens: Sequence[int],
     counts: Sequence[int],
     most: int,
     size: int,
     slow: Callable[[slice, int], Tensor],
-    launch: Callable[[Tensor, Plan, Tensor, Tensor], None],
+    launch: Callable[[Tensor, Tensor | None, Plan, Tensor, Tensor], None],
 ) -> tuple[Tensor, Tensor]:
     """Order and ascending rows of the picks of all pools, ``[sum(counts)]`` int64 each.
 
@@ -230,17 +279,21 @@ def run(
     ----------
     features : Tensor
         ``[T, D]``.
+    weight : Tensor or None
+        ``[T]``.
     most, size
         Rows of the largest pool that has a kernel, and bytes per element of its matrix.
     slow
         Picks in a larger pool, given as its rows.
     launch
-        Fills order and ascending rows for the pools of a plan.
+        Given features with contiguous rows, contiguous weights and a plan: fills order and ascending rows of its pools.
     """
     reference.check_pools(features, lens, counts)
-    features = features.detach()
+    lens, counts = tuple(lens), tuple(counts)
     if features.shape[0] and features.stride(1) != 1:
         features = features.contiguous()
+    if weight is not None:
+        weight = weight.contiguous()
     order = torch.empty(sum(counts), dtype=torch.int64, device=features.device)
     index = torch.empty_like(order)
     start = done = 0
@@ -249,9 +302,10 @@ def run(
             picks = slow(slice(start, start + n), k) + start
             order[done : done + k], index[done : done + k] = picks, picks.sort().values
         start, done = start + n, done + k
-    with torch.cuda.device(features.device) if features.is_cuda else nullcontext():
+    elsewhere = features.is_cuda and features.device.index != torch.cuda.current_device()
+    with torch.cuda.device(features.device) if elsewhere else nullcontext():
         for taken in _batches(lens, counts, most, size):
-            launch(features, plan_of(tuple(lens), tuple(counts), taken, features.device), order, index)
+            launch(features, weight, plan_of(features, weight, lens, counts, taken), order, index)
     return order, index
 
 
@@ -281,21 +335,35 @@ def cosines(
     total, width = features.shape
     inverse = torch.empty(total, dtype=torch.float32, device=features.device)
     gram = torch.empty(plan.cells, dtype=dtype, device=features.device)
-    seen = inverse if nearest is None else nearest
-    _norms[(total,)](
-        features, inverse, seen, width, features.stride(0), BLOCK=1024, NEAREST=nearest is not None, num_warps=4
-    )
-    tile, depth, warps, stages = (64, 128, 4, 3) if plan.longest <= SMALL else (128, 64, 8, 3)
-    group = 1 if plan.longest * width <= 1 << 24 else 8
-    _gram[grid(plan.pools, plan.longest, tile, group)](
-        features, inverse, gram, seen, plan.fields, width, features.stride(0), offset, factor,
-        TILE=tile, DEPTH=depth, GROUP=group, EVEN=width % depth == 0, NEAREST=nearest is not None, PACKED=packed,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    seen, near = (inverse, False) if nearest is None else (nearest, True)
+    key = "cosines", dtype, packed, near
+    if key not in plan.launches:
+        # The minima would not fit into the registers of four warps.
+        side, depth, warps, stages = TILES[1][1] if near and plan.tile == TILES[2][1] else plan.tile
+        if _shared(features.device) < stages * 4 * side * depth + (1 << 13):
+            stages = 2
+        group = 1 if plan.longest * width <= 1 << 24 else 8
+        # A whole row at once, if it is no longer than this: what follows one another waits for memory again and again.
+        block = min(4096, max(128, triton.next_power_of_2(width)))
+        plan.launches["norms", near] = Launch(_norms, (total,), (block, near), num_warps=4)
+        plan.launches[key] = Launch(
+            _gram, grid(plan.pools, plan.longest, side, group),
+            (side, depth, group, width % depth == 0, near, packed), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    stride = features.stride(0)
+    plan.launches["norms", near](features, inverse, seen, width, stride)
+    plan.launches[key](features, inverse, gram, seen, plan.fields, width, stride, offset, factor)
     return gram, inverse
+
+
+@functools.cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have."""
+    if device.type != "cuda":
+        return 1 << 18
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
 def grid(pools: int, longest: int, tile: int, group: int) -> tuple[int, int]:
     """Programs of `_gram`: all tiles of the lower triangle of square groups of tiles."""
-    wide = -(-longest // (tile * group))
-    return wide * (wide + 1) // 2 * group * group, pools
+    return tiles(longest, tile * group) * group * group, pools

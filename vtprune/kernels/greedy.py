@@ -27,15 +27,16 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import half
-from .gram import FIELDS, MOST_ROWS, NOWHERE, ONE, PICKED, Plan, cosines, line, ordered, run
+from .gram import FIELDS, MOST_ROWS, NOWHERE, ONE, PICKED, Launch, Plan, cosines, line, ordered, run
 
 _INDICES = tl.constexpr(1 << 14)
 _SPREAD = tl.constexpr(2.5)  # of the importance, in a packed key
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-MMR = tl.constexpr(0)
-MAX_MIN = tl.constexpr(1)
-SADS = tl.constexpr(2)
+MMR, MAX_MIN, SADS = 0, 1, 2
+_MMR = tl.constexpr(MMR)
+_MAX_MIN = tl.constexpr(MAX_MIN)
+_SADS = tl.constexpr(SADS)
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def _best(key, lane):  # type: ignore[no-untyped-def]
 @triton.jit
 def _packed_key(closest, weight, low, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
     distance = closest.to(tl.int32)
-    return ((distance * weight) & -_INDICES) | low if MODE == SADS else distance * _INDICES + low
+    return ((distance * weight) & -_INDICES) | low if MODE == _SADS else distance * _INDICES + low
 
 
 @triton.jit
@@ -115,9 +116,11 @@ def _pick(  # type: ignore[no-untyped-def]
     MODE: tl.constexpr,
     EXACT: tl.constexpr,
     PARALLEL: tl.constexpr,
+    MINMAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All picks of one pool: ``order`` as chosen, ``index`` ascending."""
+    """All picks of one pool: ``order`` as chosen, ``index`` ascending. `MINMAX`: importance is mapped to [0, 1] first,
+    with the bits of `reference.minmax`."""
     pool = pools + tl.program_id(0) * FIELDS
     start = tl.load(pool)
     n = tl.load(pool + 1).to(tl.int32)
@@ -132,14 +135,19 @@ def _pick(  # type: ignore[no-untyped-def]
     at = start + tl.minimum(lane, n - 1)
     last = tl.load(inverse + at) <= 0
     low_key = ordered(tl.full([BLOCK], _LOWEST, tl.float32))
-    if MODE == MAX_MIN:
+    if MODE == _MAX_MIN:
         near = tl.load(nearest + at)
         first = ordered(-near) if EXACT else near
         score = tl.zeros([BLOCK], tl.float32)
         penalty = tl.full([BLOCK], 1.0, tl.float32)
     else:
         score = tl.load(importance + at).to(tl.float32)
-        if MODE == MMR:
+        if MODE == _MMR:
+            if MINMAX:
+                finite = tl.abs(score) < float("inf")
+                smallest = tl.min(tl.where(finite, score, float("inf")), 0)
+                largest = tl.max(tl.where(finite, score, float("-inf")), 0)
+                score = tl.div_rn(score - smallest, tl.zeros([BLOCK], tl.float32) + (largest - smallest + 1e-6))
             score = tl.where(score == score, tl.minimum(tl.maximum(score, _LOWEST), -_LOWEST), _LOWEST)
             last = last | (score == _LOWEST)
             first = ordered(score)
@@ -155,13 +163,13 @@ def _pick(  # type: ignore[no-untyped-def]
     row = gram + lane
     if EXACT:
         limit = _exact_loop(
-            row, line, lane, k, order, start, first, score, penalty, limit, -1.0, parallel, MODE == SADS
+            row, line, lane, k, order, start, first, score, penalty, limit, -1.0, parallel, MODE == _SADS
         )
         kept = inside & (limit == NOWHERE)
     else:
         reverse = _INDICES - 1 - lane
         far = tl.full([BLOCK], 32767, tl.int16)
-        if MODE == SADS:
+        if MODE == _SADS:
             # From 1 on, so that picked rows have a negative product; broken rows lie between those and all others.
             weight = tl.where(last, 1, tl.floor(tl.minimum(tl.maximum(score, 0.0), 1.0) * 32766.0 + 1.5).to(tl.int32))
             low = tl.where(inside, reverse, NOWHERE)
@@ -177,7 +185,7 @@ def _pick(  # type: ignore[no-untyped-def]
             most = tl.max(tl.where(inside & ~last, score, float("-inf")), 0)
             fixed = tl.floor(tl.minimum(tl.maximum(score - least, 0.0), _SPREAD) * ONE + 0.5).to(tl.int32)
             low = tl.where(inside, tl.where(last, 22000, fixed) * _INDICES + reverse, -65536 * _INDICES)
-            if MODE == MMR and most - least > _SPREAD:
+            if MODE == _MMR and most - least > _SPREAD:
                 ones = tl.full([BLOCK], 1.0, tl.float32)
                 limit = _exact_loop(
                     row, line, lane, k, order, start, first, score, ones, limit, 1.0 / ONE, parallel, False
@@ -210,7 +218,7 @@ def _exact_cosines(features: Tensor, plan: Plan, nearest: Tensor | None) -> tupl
 
 
 def pick(
-    mode: tl.constexpr,
+    mode: int,
     features: Tensor,
     importance: Tensor | None,
     lens: Sequence[int],
@@ -218,11 +226,13 @@ def pick(
     slow: Callable[[slice, int], Tensor],
     lam: float = 0.0,
     parallel_k: int = 1,
+    minmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Order and ascending rows of the picks of all pools; see `select` for the modes and `gram.run` for `slow`."""
-    packed = half(features)
+    lam, packed = float(lam), half(features)  # 1 and 1.0 are arguments of different variants
+    kind = "pick", mode, packed, parallel_k, minmax
 
-    def launch(features: Tensor, plan: Plan, order: Tensor, index: Tensor) -> None:
+    def launch(features: Tensor, weight: Tensor | None, plan: Plan, order: Tensor, index: Tensor) -> None:
         nearest = None
         if mode == MAX_MIN:
             nearest = features.new_empty(features.shape[0], dtype=torch.int32 if packed else torch.float32)
@@ -232,17 +242,22 @@ def pick(
         else:
             with torch.autocast(features.device.type, enabled=False):
                 gram, sound = _exact_cosines(features, plan, nearest)
-        block = max(128, triton.next_power_of_2(plan.longest))
-        _pick[(plan.pools,)](
+        if kind not in plan.launches:
+            plan.launches[kind] = Launch(
+                _pick, (plan.pools,), (mode, not packed, parallel_k > 1, minmax, plan.block),
+                num_warps=_warps(plan.block, packed), enable_fp_fusion=False,
+            )  # fmt: skip
+        plan.launches[kind](
             gram, sound if weight is None else weight, sound, sound if nearest is None else nearest, plan.fields,
             order, index, lam, 1.0 - lam, parallel_k,
-            MODE=mode, EXACT=not packed, PARALLEL=parallel_k > 1, BLOCK=block, num_warps=_warps(block),
-            enable_fp_fusion=False,
         )  # fmt: skip
 
-    weight = None if importance is None else importance.detach().contiguous()
-    return run(features, lens, counts, MOST_ROWS if packed else reference.GRAM_ROWS, 2 if packed else 4, slow, launch)
+    most, size = (MOST_ROWS, 2) if packed else (reference.GRAM_ROWS, 4)
+    return run(features, importance, lens, counts, most, size, slow, launch)
 
 
-def _warps(block: int) -> int:
-    return min(16, max(1, block // 512))
+def _warps(block: int, packed: bool) -> int:
+    """Measured on an H100, see docs/kernels.md. Exact keys hold five numbers per row in registers."""
+    if not packed:
+        return min(32, max(4, block // 256))
+    return 1 if block <= 1024 else 4 if block <= 2048 else 16 if block <= 4096 else 32

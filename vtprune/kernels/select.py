@@ -54,6 +54,7 @@ def mmr(
     lam: float,
     parallel_k: int = 1,
     backend: str = "auto",
+    minmax: bool = False,
 ) -> Picks:
     """Maximal marginal relevance: ``lam * importance - (1 - lam) * (largest cosine to a pick)``, see `reference.mmr`.
 
@@ -71,17 +72,24 @@ def mmr(
         Picks per round; those of one round do not see each other.
     backend
         ``"auto"``, ``"triton"`` or ``"torch"``, see `dispatch.resolve`.
+    minmax
+        Map the importance of each pool to [0, 1] first, as `reference.minmax` does.
     """
     if importance.shape != features.shape[:1]:
         raise ValueError(f"importance of shape {tuple(importance.shape)} for {features.shape[0]} rows")
+
+    def slow(features: Tensor, importance: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
+        scores = reference.minmax(importance, lens) if minmax else importance
+        return reference.mmr(features, scores, lens, counts, lam, parallel_k)
+
     if resolve(backend, features) == "torch":
-        return _in_order(reference.mmr(features, importance, lens, counts, lam, parallel_k))
+        return _in_order(slow(features, importance, lens, counts))
     from . import greedy
 
-    def slow(rows: slice, k: int) -> Tensor:
-        return reference.mmr(features[rows], importance[rows], (rows.stop - rows.start,), (k,), lam, parallel_k)
+    def one(rows: slice, k: int) -> Tensor:
+        return slow(features[rows], importance[rows], (rows.stop - rows.start,), (k,))
 
-    return Picks(*greedy.pick(greedy.MMR, features, importance, lens, counts, slow, lam, parallel_k))
+    return Picks(*greedy.pick(greedy.MMR, features, importance, lens, counts, one, lam, parallel_k, minmax))
 
 
 @torch.no_grad()

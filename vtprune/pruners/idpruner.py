@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..budget import Budget
 from ..errors import ConfigError
-from ..kernels import reference, select
+from ..kernels import select
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
 from . import importance
@@ -115,8 +115,9 @@ class IDPruner(Pruner):
         scores, source = self._importance(tokens, pools.lens)
         if self.importance_norm == "soft_topk_minmax":
             scores = trained.soften(scores, pools.lens)
-        scores = reference.minmax(scores, pools.lens)
-        picks = select.mmr(tokens.features, scores, pools.lens, pools.counts, self.mmr_lambda, self.parallel_k)
+        picks = select.mmr(
+            tokens.features, scores, pools.lens, pools.counts, self.mmr_lambda, self.parallel_k, minmax=True
+        )
         return Selection.from_picks(picks, tokens, importance=source)
 
     def _importance(self, tokens: VisualTokens, lens: Sequence[int]) -> tuple[Tensor, str]:
