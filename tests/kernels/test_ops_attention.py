@@ -116,17 +116,24 @@ def test_what_does_not_fit() -> None:
 
 
 @full
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("length", [1, 2, 127, 131, 577, 2941])
-@pytest.mark.parametrize("heads", [(16, 16, 64), (28, 4, 128), (6, 3, 80)])
-def test_odd_sizes(heads: tuple[int, int, int], length: int, dtype: torch.dtype, poison: None) -> None:
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [
+        ((16, 16, 64), torch.bfloat16),
+        ((28, 4, 128), torch.bfloat16),
+        ((28, 4, 128), torch.float16),
+        ((6, 3, 80), torch.float32),
+    ],
+)
+def test_odd_sizes(heads: tuple[int, int, int], dtype: torch.dtype, length: int, poison: None) -> None:
     query, key = qk(3, *heads[:2], 1, length, heads[2], dtype)
     for softmax in (True, False):
         check(query, key, softmax, 1e-5)
 
 
 @full
-@pytest.mark.parametrize("rows", [1, 7, 40, 200])
+@pytest.mark.parametrize("rows", [1, 40, 130])
 @pytest.mark.parametrize("heads", [(32, 32), (28, 4)])
 @pytest.mark.parametrize("softmax", [True, False])
 def test_text_rows(rows: int, heads: tuple[int, int], softmax: bool) -> None:

@@ -110,6 +110,19 @@ def processors(x: Tensor) -> int:
     return _processors(x.device) if x.is_cuda else 2
 
 
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have; what Hopper has for the interpreter."""
+    if device.type != "cuda":
+        return 227 << 10
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10))
+
+
+def stages_for(x: Tensor, wanted: int, size: int) -> int:
+    """As many stages of a pipeline as are `wanted`, if the GPU of `x` has shared memory for them; `size` in bytes."""
+    return max(1, min(wanted, (_shared_memory(x.device) - 2048) // size))
+
+
 def multipliable(x: Tensor) -> Tensor:
     """`x`, in fp32 where Triton's interpreter, which cannot multiply bf16, is to do it."""
     return x.float() if interpreted() and x.dtype == torch.bfloat16 else x

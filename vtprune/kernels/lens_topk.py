@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._jit import describable, descriptor, device_of, jit, multipliable, processors, tl, triton
+from ._jit import describable, descriptor, device_of, jit, multipliable, processors, stages_for, tl, triton
 from .dispatch import resolve
 
 #: Vocabulary rows that the PyTorch form scores at a time: its extra memory is ``T * BLOCK_ROWS`` fp32.
@@ -357,6 +357,8 @@ def _plan(flat: Tensor, table: Tensor) -> tuple[tuple[int, int, int, int, int], 
     """Blocks, whether TMA loads them, and columns per program."""
     half = flat.dtype == table.dtype and flat.dtype in (torch.bfloat16, torch.float16)
     blocks = _HALF if half else _FULL
+    bm, bn, bk, warps, stages = blocks
+    blocks = bm, bn, bk, warps, stages_for(flat, stages, flat.element_size() * bk * (bm + bn))
     parts = max(1, processors(flat) // -(-flat.shape[0] // blocks[0]))
     blocks_of_columns = -(-table.shape[0] // blocks[1])
     return blocks, half and describable(flat, table), max(1, -(-blocks_of_columns // parts)) * blocks[1]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ._jit import describable, descriptor, device_of, jit, multipliable, precise, tl, triton
+from ._jit import describable, descriptor, device_of, jit, multipliable, precise, stages_for, tl, triton
 from .dispatch import resolve
 
 Activation = Callable[[Tensor], Tensor]
@@ -364,6 +364,12 @@ def _rates(
     return alpha, beta, bent
 
 
+def _padded(x: Tensor, rows: int, width: int) -> Tensor:
+    """``x`` with zeros up to ``[rows, width]``; itself where there is nothing to add."""
+    more = width - x.shape[1], rows - x.shape[0]
+    return nn.functional.pad(x, (0, more[0], 0, more[1])) if any(more) else x
+
+
 #: Tokens times directions per tile, most directions of them, rows of `outer`, step along the width, warps; stages
 #: without and with the parabola; parts that the rows of `outer` are dealt out to.
 _CHANGE = (128, 64, 256, 64, 8)
@@ -380,7 +386,7 @@ def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float) -
         return torch.zeros(0, dtype=torch.float32, device=rows.device)
     bm, most, bn, bk, warps = _CHANGE
     pitch = -(-width // bk) * bk
-    outer = nn.functional.pad(multipliable(outer.to(dtype)), (0, pitch - width)).contiguous()
+    outer = _padded(multipliable(outer.to(dtype)), outer.shape[0], pitch).contiguous()
     with precise(rows), device_of(rows):
         step = directions.float() @ layers.inner.float().T
         longest = step.abs().amax(0)
@@ -389,17 +395,18 @@ def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float) -
         tiles = -(-tokens // tt)
         alpha, beta, bent = _rates(rows, layers, outer.dtype, (tiles * tt, pitch), longest, h)
         step = step.div_(longest.clamp(min=1e-30)).to(outer.dtype)
-        step = nn.functional.pad(step, (0, pitch - width, 0, blocks * mb - m))
+        step = _padded(step, blocks * mb, pitch)
         # As many parts for few tokens as for many, so that a token's sum is always the same.
         span = -(-outer.shape[0] // (bn * _PARTS)) * bn
         parts = -(-outer.shape[0] // span)
         out = torch.empty(parts, tokens, m, dtype=torch.float32, device=rows.device)
         tma = describable(outer, step)
         left, right = (descriptor(step, [mb, bk]), descriptor(outer, [bn, bk])) if tma else (step, outer)
+        size = 2 * bk * (bn + mb)
         for cubic in (False, True) if h else (False,):
             _change_kernel[(tiles * blocks, parts)](
                 alpha, beta, left, right, bent, out, tokens, m, pitch, outer.shape[0], span, TT=tt, MB=mb, BN=bn,
-                BK=bk, CUBIC=cubic, EITHER=h > 0, TMA=tma, num_warps=warps, num_stages=_STAGES[cubic],
+                BK=bk, CUBIC=cubic, EITHER=h > 0, TMA=tma, num_warps=warps, num_stages=stages_for(rows, _STAGES[cubic], size),
             )  # fmt: skip
         return out.sum(0).sqrt_().mean(1)
 
@@ -420,6 +427,6 @@ def _frobenius_triton(rows: Tensor, layers: Layers, gram: Tensor) -> Tensor:
             left, tile, right = descriptor(rate, [bm, bk]), descriptor(rate, [bm, bn]), descriptor(gram, [bn, bk])
         _frobenius_kernel[(-(-tokens // bm), parts)](
             left, tile, right, out, tokens, width, 1.0 / rows.shape[1], BM=bm, BN=bn, BK=bk, TMA=tma, num_warps=warps,
-            num_stages=stages,
+            num_stages=stages_for(rows, stages, 2 * bk * (bm + bn)),
         )  # fmt: skip
         return out.sum(0).clamp_(min=0).sqrt_()
