@@ -402,11 +402,11 @@ def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float) -
         out = torch.empty(parts, tokens, m, dtype=torch.float32, device=rows.device)
         tma = describable(outer, step)
         left, right = (descriptor(step, [mb, bk]), descriptor(outer, [bn, bk])) if tma else (step, outer)
-        size = 2 * bk * (bn + mb)
         for cubic in (False, True) if h else (False,):
+            stages = stages_for(rows, _STAGES[cubic], 2 * bk * (bn + mb))
             _change_kernel[(tiles * blocks, parts)](
                 alpha, beta, left, right, bent, out, tokens, m, pitch, outer.shape[0], span, TT=tt, MB=mb, BN=bn,
-                BK=bk, CUBIC=cubic, EITHER=h > 0, TMA=tma, num_warps=warps, num_stages=stages_for(rows, _STAGES[cubic], size),
+                BK=bk, CUBIC=cubic, EITHER=h > 0, TMA=tma, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         return out.sum(0).sqrt_().mean(1)
 
