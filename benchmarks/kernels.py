@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 #: Modules that register ops when they are imported.
-CASES = ("benchmarks.kernels_greedy",)
+CASES = ("benchmarks.kernels_greedy", "benchmarks.kernels_ops")
 WARM_UP, MIN_RUNS, MAX_RUNS = 3, 5, 50
 #: Milliseconds that one line may take, warm-up included.
 LINE_MS = 1500.0

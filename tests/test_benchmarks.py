@@ -101,3 +101,32 @@ def test_a_kernel_that_fails_costs_only_its_lines(
             ("b", "ours", "0.5")
         ]
     assert "no such shape" in capsys.readouterr().err
+
+
+def test_the_other_ops_are_timed_and_do_what_the_usual_code_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "WARM_UP", 1)
+    monkeypatch.setattr(kernels, "MIN_RUNS", 2)
+    monkeypatch.setattr(kernels, "MAX_RUNS", 2)
+    from benchmarks import kernels_ops  # noqa: F401 (registers)
+
+    tiny = {entry.op: entry for entry in kernels.ENTRIES if entry.tiny and not entry.op.startswith("greedy")}
+    ops = {"sensitivity fd", "sensitivity jvp", "sensitivity frobenius", "lens top-3", "lens rank of 3", "pack"}
+    ops |= {"attention CLS", "attention text rows", "neurons top-rho counts", "neurons match", "neurons sparse FFN"}
+    assert set(tiny) == ops
+    for prefix in ("sensitivity", "lens", "pack", "attention", "neurons"):
+        out = tmp_path / f"{prefix}.csv"
+        assert kernels.main(["--tiny", "--ops", prefix, "--out", str(out), "--commit", "abc"]) == 0
+        with out.open(encoding="utf-8") as file:
+            assert {line["op"] for line in csv.DictReader(file)} == {op for op in ops if op.startswith(prefix)}
+    work = {op: entry.make(torch.device("cpu")) for op, entry in tiny.items()}
+    found = {op: (w.ours(), w.naive()) for op, w in work.items() if w.naive is not None}
+    packed, usual = found["pack"]
+    for a, b in zip((packed.hidden, *packed.features, packed.positions, packed.mask), usual, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(*(x.long() for x in found["neurons match"]))
+    assert torch.equal(found["lens top-3"][0][1][:, 0], found["lens top-3"][1].indices[:, 0])
+    for op, within in (("attention CLS", 1e-2), ("attention text rows", 1e-2), ("sensitivity frobenius", 5e-2)):
+        ours, naive = (x.float().squeeze(1) if x.ndim == 3 else x.float() for x in found[op])
+        torch.testing.assert_close(ours, naive, rtol=within, atol=within)

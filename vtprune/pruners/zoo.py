@@ -18,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..budget import Budget
 from ..errors import ConfigError, UnsupportedModelError
 from ..kernels import select
+from ..kernels import sensitivity as op
+from ..kernels.dispatch import half, resolve
 from ..registry import Pruner, register
 from ..tokens import PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
 
@@ -231,7 +233,8 @@ def sensitivity(
     Parameters
     ----------
     rows : Tensor
-        ``[n * group, d_v]`` encoder rows. The work is done in fp32, or fp64 where they are fp64.
+        ``[n * group, d_v]`` encoder rows. The work is done in fp32, or fp64 where they are fp64. On a GPU the kernels
+        of `vtprune.kernels.sensitivity` multiply the half-precision weights of two layers as they are.
     projector
         Maps them to ``[n, D]``.
     directions : Tensor
@@ -250,6 +253,8 @@ def sensitivity(
     layers = None if estimator == "fd" else two_layers(projector)
     projector = projector if layers else _cast(projector, dtype)
     place = next(projector.parameters(), rows).device if isinstance(projector, nn.Module) else rows.device
+    if layers is not None and group == 1 and dtype == torch.float32 and _has_kernel(layers):
+        return _by_kernel(layers, rows.detach().to(place), directions.to(place), h, estimator)
     rows, directions = (x.detach().to(place, dtype, non_blocking=True) for x in (rows, directions))
     n, dim = rows.shape[0] // group, rows.shape[1]
     with torch.autocast(rows.device.type, enabled=False):
@@ -267,6 +272,19 @@ def sensitivity(
             norms = torch.linalg.vector_norm(change(some).view(len(some), n, -1), dim=-1)
             total += (norms.square() if squared else norms).sum(0)
         return (total / len(directions)).sqrt() if squared else total / len(directions)
+
+
+def _has_kernel(layers: Layers) -> bool:
+    return half(layers[2].weight) and resolve("auto", layers[2].weight) == "triton"
+
+
+def _by_kernel(layers: Layers, rows: Tensor, directions: Tensor, h: float, estimator: str) -> Tensor:
+    weights = op.Layers(layers[0].weight, layers[0].bias, layers[1], layers[2].weight)
+    if estimator == "frobenius":
+        with torch.autocast(rows.device.type, enabled=False):
+            gram = _gram(layers, torch.float32, torch.bfloat16)
+        return op.mean_square_change(rows, weights, gram)
+    return op.mean_change(rows, weights, directions, h if estimator == "fd_fused" else 0.0)
 
 
 Change = Callable[[Tensor], Tensor]
@@ -336,15 +354,17 @@ def _slope(act: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 _GRAMS: Any = WeakTensorKeyDictionary()
 
 
-def _gram(layers: Layers, dtype: torch.dtype) -> Tensor:
+def _gram(layers: Layers, dtype: torch.dtype, kept: torch.dtype | None = None) -> Tensor:
+    """G, computed in `dtype` and kept in another if asked to."""
+    kept = kept or dtype
     inner, outer = layers[0].weight, layers[2].weight
     known = not (inner.is_inference() or outer.is_inference())  # those have no version
-    stamp = [(w.data_ptr(), w._version, w.device, dtype) for w in (inner, outer)] if known else []
+    stamp = [(w.data_ptr(), w._version, w.device, dtype, kept) for w in (inner, outer)] if known else []
     old = _GRAMS.get(inner)
     if known and old is not None and old[0] == stamp:
         return cast(Tensor, old[1])
     one, two = inner.detach().to(dtype), outer.detach().to(dtype)
-    gram = (one @ one.T) * (two.T @ two)
+    gram = ((one @ one.T) * (two.T @ two)).to(kept)
     if known:
         _GRAMS[inner] = (stamp, gram)
     return gram
