@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..tokens import Stage
 from . import positions as pos
+from .layer_probes import row_of
 from .prefill import gather, pack
 from .report import Trace
 
@@ -89,7 +90,12 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     assert job is not None and state is not None and tokens is not None and slots is not None
     batch, width, dim = hidden.shape
     slots = slots.to(hidden.device)
-    tokens = replace(tokens, features=hidden.reshape(-1, dim)[slots].detach())
+    flat = hidden.reshape(-1, dim)
+    text = None if call.text_slots is None else flat[call.text_slots.to(hidden.device)].detach()
+    rows = row_of(slots, width, call.counts[-1])
+    tokens = replace(
+        tokens, features=flat[slots].detach(), text=text, prompt_rows=rows, prompt_lens=tuple(call.counts[-1])
+    )
     selection, kept = job.select(tokens, stage, batch)
     alive = call.trace[-1].kept if call.trace else torch.arange(len(slots), device=hidden.device)
     order = None if selection.order is None else alive[selection.order]
@@ -107,7 +113,8 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     call.packs.append(plan)
     call.counts.append(counts.tolist())
     call.tokens = tokens.subset(selection.index, selection.cu_seqlens)
-    call.slots = (slots // width) * plan.index.shape[1] + plan.slot_of.reshape(-1)[slots]
+    call.slots = plan.move(slots)
+    call.text_slots = None if call.text_slots is None else plan.move(call.text_slots.to(hidden.device))
 
     above = [first for first in state.masks if first >= layer]
     past = {first: state.masks[first][:, : state.masks[first].shape[1] - width] for first in above}

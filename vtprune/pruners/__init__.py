@@ -5,6 +5,7 @@ from . import (
     cdpruner,
     dart,
     divprune,
+    fastv,
     globalcom2,
     grid,
     hiprune,
@@ -17,6 +18,7 @@ from . import (
     tome,
     visionzip,
     vispruner,
+    visual_exit,
     worst,
     zoo,
 )
@@ -25,6 +27,7 @@ __all__ = [
     "cdpruner",
     "dart",
     "divprune",
+    "fastv",
     "globalcom2",
     "grid",
     "hiprune",
@@ -37,6 +40,7 @@ __all__ = [
     "tome",
     "visionzip",
     "vispruner",
+    "visual_exit",
     "worst",
     "zoo",
 ]
