@@ -2,6 +2,7 @@
 """The built-in methods. Importing this package registers them."""
 
 from . import (
+    catp,
     cdpruner,
     dart,
     divprune,
@@ -13,8 +14,10 @@ from . import (
     norm,
     pool,
     prumerge,
+    pyramiddrop,
     random,
     scope,
+    sparsevlm,
     tome,
     visionzip,
     vispruner,
@@ -24,6 +27,7 @@ from . import (
 )
 
 __all__ = [
+    "catp",
     "cdpruner",
     "dart",
     "divprune",
@@ -35,8 +39,10 @@ __all__ = [
     "norm",
     "pool",
     "prumerge",
+    "pyramiddrop",
     "random",
     "scope",
+    "sparsevlm",
     "tome",
     "visionzip",
     "vispruner",

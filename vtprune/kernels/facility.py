@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy facility location with a bonus for each row, in plain PyTorch; see `reference` for the conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+@torch.no_grad()
+def facility(
+    features: Tensor, bonus: Tensor, lens: Sequence[int], counts: Sequence[int], *, gains: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Pick again and again the row with the largest ``gain + bonus``.
+
+    With the similarity ``s(u, v) = (1 + cos(u, v)) / 2``, the gain of row u is ``sum_v max(0, s(u, v) - c_v)``, where
+    c_v is the largest similarity of row v to a pick, 0 at first. What is maximised is monotone and submodular (for a
+    bonus that is not negative), so that the greedy picks reach ``1 - 1 / e`` of the best. ``O(K N^2)``.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[T, D]``. Broken rows (NaN, infinite) come last and cover nothing.
+    bonus : Tensor
+        ``[T]``, on the scale of a similarity; NaN counts as 0.
+    lens, counts
+        Rows and picks per pool, ``0 <= counts[p] <= lens[p]``.
+    gains
+        Also return the ``gain + bonus`` of each pick.
+
+    Returns
+    -------
+    Tensor
+        ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice; with `gains` also fp32 of that shape.
+    """
+    pools = reference._pools(features, lens, counts)
+    if not pools.counts:
+        none = features.new_empty(0, dtype=torch.int64)
+        return (none, none.float()) if gains else none
+    picks = torch.zeros(len(pools.counts), max(pools.counts), dtype=torch.int64, device=features.device)
+    worth = torch.zeros(picks.shape, device=features.device)
+    with torch.autocast(features.device.type, enabled=False):
+        # Pool by pool: a sum over another shape would round differently than the same pool alone.
+        for p, (start, n, k) in enumerate(zip(pools.starts, pools.lens, pools.counts, strict=True)):
+            rows = features[start : start + n].detach().to(torch.float32, copy=True)
+            length = torch.linalg.vector_norm(rows, dim=1)
+            broken = ~length.isfinite()
+            rows = (rows / length.clamp(min=1e-8)[:, None]).masked_fill_(broken[:, None], 0.0)
+            like = ((rows @ rows.T + 1) / 2).masked_fill_(broken | broken[:, None], 0.0)
+            mine = bonus[start : start + n].detach().float().nan_to_num(nan=0.0)
+            limit = torch.full_like(mine, torch.inf).masked_fill_(broken, reference._LOWEST)
+            covered = rows.new_zeros(n)
+            for step in range(k):
+                score = torch.minimum((like - covered).clamp_(min=0).sum(1) + mine, limit)
+                pick = score.argmax(0, keepdim=True)  # the first of equal ones
+                picks[p, step : step + 1] = pick
+                worth[p, step : step + 1] = score[pick]
+                limit.index_fill_(0, pick, -torch.inf)
+                covered = torch.maximum(covered, like[pick].squeeze(0))
+    order = reference._flat_rows(picks, pools)
+    if not gains:
+        return order
+    lane = torch.arange(worth.shape[1], device=worth.device)
+    return order, worth[lane < reference._ints(pools.counts, worth.device)[:, None]]
