@@ -81,7 +81,7 @@ class Pruner:
         return (PROJECTOR,)
 
     #: Also drop the tokens from the caches of the layers below a stage, once the prompt has gone through all layers.
-    early_kv: bool = False
+    prune_early_kv: bool = False
 
     def fit(self, depth: int) -> Pruner:
         """The method with whatever depends on the number of decoder layers filled in; called at `apply`."""

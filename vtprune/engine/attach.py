@@ -31,7 +31,7 @@ from ..tokens import LAYER_PROBES, Probe, Stage
 from . import layer_probes, probes
 from . import positions as pos
 from .call import Call, Encoded, Job
-from .layers import enter_layer
+from .layers import enter_layer, prune_cache
 from .prefill import prune_prompt, unpack
 from .report import Report, make_report
 
@@ -390,6 +390,8 @@ class Engine:
             values = out if isinstance(out, tuple) else (getattr(out, "past_key_values", None),)
             cache = next((v for v in values if hasattr(v, "get_seq_length")), None)
         if cache is not None:
+            if call.job is not None and call.job.pruner.prune_early_kv and len(call.packs) > 1:
+                prune_cache(call, cache)
             pos.commit(cache, call.state, self.caches)
         if not call.packs:
             return None

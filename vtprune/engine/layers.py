@@ -84,6 +84,34 @@ def enter_layer(call: Call, layer: int, hidden: Tensor, kw: dict[str, Any], impl
     return hidden
 
 
+def prune_cache(call: Call, cache: Any) -> None:
+    """Take what the stages dropped out of the caches of the layers below them, now that the prompt is through."""
+    state, packs = call.state, call.packs
+    assert state is not None and call.job is not None
+    last = packs[-1]
+    width = last.index.shape[1]
+    firsts = sorted(call.job.layer_stages)
+    for i, layer in enumerate(cache.layers):
+        done = sum(first <= i for first in firsts)  # packs that this layer has seen, after that of the prompt
+        if done == len(packs) - 1:
+            continue
+        index = last.index
+        for plan in reversed(packs[done + 1 : -1]):
+            index = plan.index.gather(1, index)
+        past = layer.keys.shape[2] - packs[done].index.shape[1]
+        index = index.to(layer.keys.device)[:, None, :, None]
+        for name in ("keys", "values"):
+            rows = getattr(layer, name)
+            setattr(layer, name, torch.cat([rows[:, :, :past], rows[:, :, past:].take_along_dim(index, 2)], 2))
+    masks, full = {}, {}
+    for first, mask in state.masks.items():
+        past = mask.shape[1] - packs[sum(f <= first for f in firsts)].index.shape[1]
+        masks[first] = torch.cat([mask[:, :past], last.valid], 1)
+        full[first] = last.full and (state.full[first] or not past)
+    gone = packs[0].index.shape[1] - width
+    call.state = replace(state, masks=masks, full=full, length=state.length - gone, floor=state.floor - gone)
+
+
 def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[str, Any]) -> Tensor:
     """Drop visual rows of ``hidden [B, P, D]``; returns ``[B, P', D]``."""
     job, state, tokens, slots = call.job, call.state, call.tokens, call.slots

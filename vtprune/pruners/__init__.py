@@ -4,6 +4,7 @@
 from . import (
     catp,
     cdpruner,
+    corematching,
     dart,
     divprune,
     fastv,
@@ -29,6 +30,7 @@ from . import (
 __all__ = [
     "catp",
     "cdpruner",
+    "corematching",
     "dart",
     "divprune",
     "fastv",

@@ -36,6 +36,7 @@ class FastVPruner(Pruner):
     query_aware = True
     training_free = True
     adaptive = False
+    allocation = "pooled"
 
     layer: int = 1
 

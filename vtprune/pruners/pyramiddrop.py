@@ -38,6 +38,7 @@ class PyramidDropPruner(Pruner):
     training_free = True
     adaptive = False
     ordered = False
+    allocation = "pooled"
 
     layers: tuple[int, ...] | None = None
 

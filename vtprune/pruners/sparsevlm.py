@@ -57,6 +57,7 @@ class SparseVLMPruner(Pruner):
     training_free = True
     adaptive = False
     ordered = False
+    allocation = "pooled"
 
     layers: tuple[int, ...] | None = None
     recycle: float = 0.3
