@@ -170,10 +170,14 @@ def test_a_method_that_finds_its_own_count_may_leave_less_than_the_budget() -> N
 
 
 @pytest.mark.usefixtures("methods")
-def test_methods_at_different_places_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'norm' at projector; 'test-deep' at layer 1"):
-        PruneConfig(["norm", "test-deep"])
+def test_places_follow_one_another() -> None:
     assert PruneConfig(["test-deep", "test-deep"]).pruner().stages() == (Stage(layer=1),)
+    assert PruneConfig(["norm", "test-deep"]).pruner().stages() == (PROJECTOR, Stage(layer=1))
+    assert PruneConfig(["norm", "sparsevlm"]).pruner().stages() == (PROJECTOR, Stage(1), Stage(5), Stage(14))
+    with pytest.raises(ConfigError, match="'test-deep' at layer 1; 'norm' at projector"):
+        PruneConfig(["test-deep", "norm"])
+    with pytest.raises(ConfigError, match="cannot begin before the one before it is done"):
+        PruneConfig(["pyramiddrop", "fastv"])
 
 
 @pytest.mark.parametrize(

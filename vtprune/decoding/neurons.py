@@ -56,6 +56,7 @@ class CoreNeurons:
         self.family, self.rho, self.beta, self.layers = family, rho, beta, tuple(layers)
         self.local = _Local()
         self.handles: list[Any] = []
+        self.before: dict[int, Any] = {}
 
     def attach(self) -> None:
         lm = self.family.lm
@@ -68,6 +69,7 @@ class CoreNeurons:
             mlp = lm.layers[i].mlp
             self.handles.append(mlp.down_proj.register_forward_pre_hook(functools.partial(self._vote, i)))
             # A hook cannot keep a module from computing, so the method of this one instance is replaced.
+            self.before[i] = mlp.__dict__.get("forward")  # accelerate may have put one there
             mlp.forward = functools.partial(self._forward, i, mlp, mlp.forward)
         lm.__dict__[_ATTRIBUTE] = self
 
@@ -76,8 +78,10 @@ class CoreNeurons:
         for handle in self.handles:
             handle.remove()
         if self.handles:
-            for i in self.layers:
-                self.family.lm.layers[i].mlp.__dict__.pop("forward", None)
+            for i, before in self.before.items():
+                own = self.family.lm.layers[i].mlp.__dict__
+                del own["forward"]
+                own.update({} if before is None else {"forward": before})
             self.family.lm.__dict__.pop(_ATTRIBUTE, None)
         self.handles = []
 
