@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Composed(Pruner):
 
     def __post_init__(self) -> None:
         layers = [[-1 if s.layer is None else s.layer for s in m.stages()] for m in self.members]
-        if any(max(one) > min(other) for one, other in zip(layers[:-1], layers[1:], strict=True)):
+        if any(max(one) > min(other) for one, other in pairwise(layers)):
             where = "; ".join(f"{m.name!r} at {', '.join(s.name for s in m.stages())}" for m in self.members)
             raise ConfigError(f"a method cannot begin before the one before it is done ({where}); choose another order")
         self.at = tuple(Stage(None if at < 0 else at) for at in sorted({at for own in layers for at in own}))
@@ -131,7 +131,8 @@ class Composed(Pruner):
                 counts = replace(budget, keep=float(share)).pools(tokens).counts
             else:
                 counts = tuple(
-                    math.floor(n * (k / n) ** (i / len(here)) + 1e-6) if k else 0 for n, k in zip(lens, last, strict=True)
+                    math.floor(n * (k / n) ** (i / len(here)) + 1e-6) if k else 0
+                    for n, k in zip(lens, last, strict=True)
                 )
             steps.insert(0, tuple(map(max, counts, steps[0])))
         return lens, steps

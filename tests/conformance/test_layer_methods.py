@@ -280,7 +280,7 @@ def test_generation_with_pruned_early_caches(family: str) -> None:
 def test_a_layer_out_of_range_is_refused_in_one_line(method: str, options: dict[str, Any]) -> None:
     model = tiny.build("llava")
     clean = hooks(model)
-    with pytest.raises(ConfigError, match="the model has layers 0 to 4; choose a layer in 0..3") as error:
+    with pytest.raises(ConfigError, match=r"the model has layers 0 to 4; choose a layer in 0\.\.3") as error:
         vtprune.apply(model, method, **options)
     assert "\n" not in str(error.value) and hooks(model) == clean
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods inside the language model on tokens made by hand: the vectors of their papers and of our notes on them."""
+"""The methods inside the language model on tokens made by hand, with vectors that were worked out by hand."""
 
 from __future__ import annotations
 

@@ -162,9 +162,9 @@ def core_neurons(
 
     Memory: a copy of ``beta`` of the FFN of those layers, per cache.
 
-    Paper: "CoreMatching", ICML 2025, https://arxiv.org/abs/2505.19235, and CoreInfer, from whose code the layers and the
-    shares are. Deviation: the vote takes each token's own number of active neurons, as the formula says, not the mean
-    number of the prompt.
+    Paper: "CoreMatching", ICML 2025, https://arxiv.org/abs/2505.19235, and CoreInfer, from whose code the layers and
+    the shares are. Deviation: the vote takes each token's own number of active neurons, as the formula says, not the
+    mean number of the prompt.
 
     Parameters
     ----------

@@ -174,8 +174,8 @@ class Engine:
         deep = len(getattr(self.family.config.vision_config, "deepstack_visual_indexes", None) or ())
         if stage.layer < deep - 1:
             raise ConfigError(
-                f"method {config.method!r} prunes after layer {stage.layer}, but the model adds features of the encoder "
-                f"to the visual tokens up to layer {deep - 1} (DeepStack); choose a layer from {deep - 1} on"
+                f"method {config.method!r} prunes after layer {stage.layer}, but the model adds features of the "
+                f"encoder to the visual tokens up to layer {deep - 1} (DeepStack); choose a layer from {deep - 1} on"
             )
 
     def _hook_layer_probes(self, wanted: Collection[Probe]) -> None:

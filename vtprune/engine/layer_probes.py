@@ -57,7 +57,7 @@ def hook(family: Family, probe: Probe, active: Callable[[], Call | None]) -> Any
 
 def prompt_rows(packed: Tensor, lens: Sequence[int]) -> Tensor:
     """The rows of a packed batch ``[B, P, F]`` that hold tokens, sample after sample, ``[sum(lens), F]``."""
-    batch, width, _ = packed.shape
+    width = packed.shape[1]
     if all(n == width for n in lens):
         return packed.flatten(0, 1)
     index = np.concatenate([np.arange((b + 1) * width - n, (b + 1) * width) for b, n in enumerate(lens)])
@@ -95,8 +95,8 @@ def _rows(
     k = family.key_heads(attention, hidden, rotary) if cache is None else cache.layers[probe.layer].keys
     if k.shape[2] != mask.shape[1]:
         raise UnsupportedModelError(
-            f"layer {probe.layer} caches {k.shape[2]} keys where {mask.shape[1]} tokens were passed; pruning inside the "
-            "language model needs a dynamic cache"
+            f"layer {probe.layer} caches {k.shape[2]} keys where {mask.shape[1]} tokens were passed; pruning inside "
+            "the language model needs a dynamic cache"
         )
     slots = _slots(call, hidden.device)
     at = query + past if inside is None else (query + past).masked_fill(~inside, -1)

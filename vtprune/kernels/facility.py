@@ -35,7 +35,7 @@ def facility(
     Returns
     -------
     Tensor
-        ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice; with `gains` also fp32 of that shape.
+        ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice; with `gains` fp32 of that shape too.
     """
     pools = reference._pools(features, lens, counts)
     if not pools.counts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -143,7 +143,9 @@ class CATPPruner(Pruner):
 
     def stage_budget(self, budget: Budget, stage: Stage) -> Budget:
         given = (budget.keep, budget.scope, budget.allocation)
-        return Halfway(*given) if stage == PROJECTOR else Contextual(*given, self.query_images, stage.layer != self.after)
+        if stage == PROJECTOR:
+            return Halfway(*given)
+        return Contextual(*given, self.query_images, stage.layer != self.after)
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         with common.exact(tokens):
@@ -187,7 +189,7 @@ class CATPPruner(Pruner):
 def _spans(tokens: VisualTokens) -> list[tuple[int, int]]:
     """First flat row of each image, and the one after its last."""
     ends = [0, *accumulate(tokens.image_lens)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
 
 
 def _span(tokens: VisualTokens, images: list[int]) -> tuple[int, int]:

@@ -114,7 +114,7 @@ def elbow(scores: Tensor, lens: tuple[int, ...], strict: bool = False) -> Tensor
     """Which scores lie at or before the elbow of their pool, ``[T]`` bool.
 
     Of the scores ``d_0 >= d_1 >= ...`` of a pool of n, the elbow is the first i that maximises the distance of (i, d_i)
-    to the line from (0, d_0) to (n - 1, d_{n-1}), which is proportional to ``|(n - 1)(d_0 - d_i) - i (d_0 - d_{n-1})|``:
+    to the line from (0, d_0) to (n - 1, d_{n-1}), which grows with ``|(n - 1)(d_0 - d_i) - i (d_0 - d_{n-1})|``:
     integers, so exact. Scores from d_i on stay (`strict`: above d_i); all do where no score is off the line.
 
     Parameters

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from ..errors import ConfigError
@@ -24,7 +25,7 @@ def checked(name: str, value: Any) -> tuple[int, ...] | None:
         return None
     numbers = value if isinstance(value, list | tuple) else ()
     sound = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
-    if not numbers or not sound or any(a >= b for a, b in zip(numbers[:-1], numbers[1:], strict=True)):
+    if not numbers or not sound or any(a >= b for a, b in pairwise(numbers)):
         raise ConfigError(f"{name}={value!r} is no list of layers; give ascending whole numbers, such as [1, 5, 14]")
     return tuple(numbers)
 
