@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,12 +14,10 @@ from .dispatch import interpreted
 
 tl: Any
 triton: Any
-
 try:
-    import triton
-    import triton.language as tl
+    tl, triton = importlib.import_module("triton.language"), importlib.import_module("triton")
 except ImportError:
-    triton = tl = None
+    tl = triton = None
 
 
 def jit(function: Any) -> Any:

@@ -178,8 +178,8 @@ def reference_ragged(
 
 @jit
 def _logits_kernel(  # type: ignore[no-untyped-def]
-    query, key, mask, slots, logits, tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch, blocks,
-    query_b, query_h, query_r, key_b, key_h, key_l, mask_b, mask_l, slot_b, slot_r,
+    query, key, mask, slots, logits, tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch,
+    blocks, query_b, query_h, query_r, key_b, key_h, key_l, mask_b, mask_l, slot_b, slot_r,
     RC: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
     RAGGED: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +202,8 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
     lane = block * BL + tl.arange(0, BL)
     d = tl.arange(0, BD)
     q = tl.load(
-        query + sample * query_b + (query_first + row)[:, None] * query_r + (head * G + group)[:, None] * query_h + d[None, :],
+        query + sample * query_b + (query_first + row)[:, None] * query_r + (head * G + group)[:, None] * query_h
+        + d[None, :],
         mask=real[:, None] & (d < dim)[None, :], other=0.0,
     )  # fmt: skip
     k = tl.load(
@@ -219,7 +220,9 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
         seen = seen & (lane[None, :] <= slot[:, None])
     value = tl.where(seen, value, float("-inf"))
     place = (sample * kv_heads * G + head * G + group) * RC + i % RC
-    tl.store(logits + place[:, None] * pitch + lane[None, :], value, mask=(group < G)[:, None] & (lane < pitch)[None, :])
+    tl.store(
+        logits + place[:, None] * pitch + lane[None, :], value, mask=(group < G)[:, None] & (lane < pitch)[None, :]
+    )
     if SOFTMAX:
         top = tl.max(value, 1)
         total = tl.sum(tl.exp(value - tl.where(top == float("-inf"), 0.0, top)[:, None]), 1)
@@ -251,7 +254,9 @@ def _average_kernel(  # type: ignore[no-untyped-def]
         here = j < count
         place = sample * heads * RC + (j if MEAN else j * RC + row)
         value = tl.load(
-            logits + place[:, None] * pitch + lane[None, :], mask=here[:, None] & (lane < keys)[None, :], other=float("-inf")
+            logits + place[:, None] * pitch + lane[None, :],
+            mask=here[:, None] & (lane < keys)[None, :],
+            other=float("-inf"),
         )
         if SOFTMAX:
             at = place[:, None] * blocks + n[None, :]
@@ -296,7 +301,8 @@ def _rows_triton(
         query, key = query.float(), key.float()
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (multipliable(query), multipliable(key)))
     ragged = lens is not None
-    if ragged:
+    sizes: tuple[int, ...]
+    if lens is not None:
         counts, lengths = lens
         samples, rows, keys = len(counts), max(counts, default=0), max(lengths, default=0)
         (heads, dim), kv_heads = query.shape[1:], key.shape[1]
@@ -311,7 +317,7 @@ def _rows_triton(
         samples, heads, rows, dim = query.shape
         kv_heads, keys = key.shape[1:3]
         query_cu = key_cu = base = key
-        query_at, key_at = query.stride()[:3], key.stride()[:3]
+        query_at, key_at = query.stride()[:3], key.stride()[:3]  # type: ignore[assignment]
         sizes = (samples, keys) if mean else (samples, rows, keys)
     if mean and not softmax:
         # Each key counts the queries that see it: the rows are few, so they are made first.
@@ -336,16 +342,16 @@ def _rows_triton(
     length, average_warps = _AVERAGE
     nb = triton.next_power_of_2(blocks)
     hb = max(1, min(triton.next_power_of_2(heads), 32, 4096 // nb))
-    mask_at = (0, 0) if mask is None else (0, mask.stride(0)) if ragged else mask.stride()
-    slot_at = (0, 0) if slots is None else (0, slots.stride(0)) if ragged else slots.stride()
+    mask_at, slot_at = ((0, 0) if x is None else (0, x.stride(0)) if ragged else x.stride() for x in (mask, slots))
     factor = 1.0 / heads
     if mean and slots is None and not ragged:
         factor /= rows
     with device_of(query):
         for first in range(0, rows, chunk):
             _logits_kernel[(blocks, kv_heads, samples)](
-                query, key, key if mask is None else mask.view(torch.int8), key if slots is None else slots, logits, tops,
-                sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch, blocks, *query_at, *key_at,
+                query, key, key if mask is None else mask.view(torch.int8), key if slots is None else slots, logits,
+                tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch, blocks, *query_at,
+                *key_at,
                 *mask_at, *slot_at, RC=chunk, G=groups, BM=bm, BL=bl, BD=bd, RAGGED=ragged, MASK=mask is not None,
                 CAUSAL=slots is not None, SOFTMAX=softmax, num_warps=warps,
             )  # fmt: skip

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -318,8 +316,8 @@ def _rank_kernel(  # type: ignore[no-untyped-def]
     part = tl.program_id(1)
     slot = tl.arange(0, AP)
     mine = _product(x, anchor, row, 0, rows, A, width, step_x, width, BK, BM, AP, TMA, PRECISION)
-    scale = tl.load(anchor_inverse + slot, mask=slot < A, other=0.0)
-    mine = tl.where((scale == 0.0)[None, :], float("-inf"), mine * scale[None, :])
+    norm = tl.load(anchor_inverse + slot, mask=slot < A, other=0.0)
+    mine = tl.where((norm == 0.0)[None, :], float("-inf"), mine * norm[None, :])
     count = tl.zeros([BM, AP], dtype=tl.int32)
     high = tl.minimum(cols, (part + 1) * span)
     for col in range(part * span, high, BN):

@@ -169,7 +169,7 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
         real = old >= 0
     if part * BLOCK < width:
         _row(hidden, out, sample, old, place, real, width, hidden_b, hidden_l, hidden_d, part, BLOCK)
-    if FEATURES > 0:
+    if FEATURES > 0:  # noqa: SIM102 (known when this is compiled)
         if part * BLOCK < fwidth:
             _row(f0, o0, sample, old, place, real, fwidth, feature_b, feature_l, feature_d, part, BLOCK)
             if FEATURES > 1:

@@ -11,9 +11,9 @@ The projector is ``W2 act(W1 x + b1) + b2``. With ``a = W1 x + b1`` and ``c_j = 
 
 The kernel of the first two is one matrix product of ``[m N, D_h]`` with W2. A tile of its left side is made when it is
 needed, and only the squared length of each row of the product is kept: neither ``m N D_h`` nor ``m N D`` numbers are
-ever written. Every tile is made once per block of W2's rows, so it has to be cheap: two evaluations of an activation per
-number would take longer than the product. Instead each token and neuron gets the parabola in the step that the central
-difference follows::
+ever written. Every tile is made once per block of W2's rows, so it has to be cheap: two evaluations of an activation
+per number would take longer than the product. Instead each token and neuron gets the parabola in the step that the
+central difference follows::
 
     [act(a + s t) - act(a - s t)] / 2 = t (alpha + beta t^2),   s = h * max_j |c_j|,   -1 <= t = h c_j / s <= 1
 
@@ -161,9 +161,9 @@ def activation(act: Activation) -> str | None:
     if module == "transformers.activations":
         if kind == "GELUActivation":
             return "gelu" if getattr(act, "act", None) is nn.functional.gelu else None
-        known = {"SiLUActivation": "silu", "QuickGELUActivation": "quick_gelu", "GELUTanh": "gelu_tanh"}
-        return known.get(kind, {"PytorchGELUTanh": "gelu_tanh"}.get(kind))
-    return {nn.SiLU: "silu", nn.ReLU: "relu"}.get(type(act))
+        known = {"SiLUActivation": "silu", "QuickGELUActivation": "quick_gelu"}
+        return known.get(kind, "gelu_tanh" if kind in ("GELUTanh", "PytorchGELUTanh") else None)
+    return "silu" if type(act) is nn.SiLU else "relu" if type(act) is nn.ReLU else None
 
 
 @jit
@@ -270,7 +270,9 @@ def _change_kernel(  # type: ignore[no-untyped-def]
             inside = at < width
             if FORM == 0:  # each row of the tile loads its own
                 t = tl.load(
-                    step + direction[:, None] * width + at[None, :], mask=(direction < m)[:, None] & inside[None, :], other=0.0
+                    step + direction[:, None] * width + at[None, :],
+                    mask=(direction < m)[:, None] & inside[None, :],
+                    other=0.0,
                 )
                 own = mine.to(tl.int64)[:, None] * width + at[None, :]
                 valid = (mine < tokens)[:, None] & inside[None, :]
@@ -281,7 +283,9 @@ def _change_kernel(  # type: ignore[no-untyped-def]
                 left = (x * u).to(t.dtype)
             elif FORM == 1:  # two tokens: their rates are loaded once
                 t = tl.load(
-                    step + direction[:, None] * width + at[None, :], mask=(direction < m)[:, None] & inside[None, :], other=0.0
+                    step + direction[:, None] * width + at[None, :],
+                    mask=(direction < m)[:, None] & inside[None, :],
+                    other=0.0,
                 )
                 u = t.to(tl.float32)
                 base = token.to(tl.int64) * width
@@ -309,7 +313,9 @@ def _change_kernel(  # type: ignore[no-untyped-def]
                 right = outer.load([row, start])
             else:
                 right = tl.load(
-                    outer + n.to(tl.int64)[:, None] * stride + at[None, :], mask=(n < high)[:, None] & inside[None, :], other=0.0
+                    outer + n.to(tl.int64)[:, None] * stride + at[None, :],
+                    mask=(n < high)[:, None] & inside[None, :],
+                    other=0.0,
                 )
             acc = tl.dot(left, right.T, acc)
         total += tl.sum(acc * acc, 1)
@@ -319,45 +325,34 @@ def _change_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _frobenius_kernel(  # type: ignore[no-untyped-def]
-    rate,
-    gram,
-    rate_block,
-    out,
-    tokens,
-    width,
-    span,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TMA: tl.constexpr,
+    rate, rate_tile, gram, out, tokens, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr
 ):
-    """``sum_k (rate G)_k rate_k`` over `span` columns k: ``out [parts, T]``."""
+    """``sum_k (rate G)_k rate_k`` over BN columns, ``out [parts, T]``; `rate_tile` is `rate` in tiles ``[BM, BN]``."""
     row = tl.program_id(0) * BM
     part = tl.program_id(1)
+    col = part * BN
     r = row + tl.arange(0, BM)
+    n = col + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    total = tl.zeros([BM], dtype=tl.float32)
-    for col in range(part * span, tl.minimum(width, (part + 1) * span), BN):
-        acc = tl.zeros([BM, BN], dtype=tl.float32)
-        n = col + tl.arange(0, BN)
-        for start in range(0, width, BK):
-            if TMA:
-                left = rate_block.load([row, start])
-                right = gram.load([col, start])
-            else:
-                at = start + k
-                left = tl.load(
-                    rate + r.to(tl.int64)[:, None] * width + at[None, :], mask=(r < tokens)[:, None] & (at < width)[None, :], other=0.0
-                )
-                right = tl.load(
-                    gram + n.to(tl.int64)[:, None] * width + at[None, :], mask=(n < width)[:, None] & (at < width)[None, :], other=0.0
-                )
-            acc = tl.dot(left, right.T, acc)
-        mine = tl.load(
-            rate + r.to(tl.int64)[:, None] * width + n[None, :], mask=(r < tokens)[:, None] & (n < width)[None, :], other=0.0
-        )
-        total += tl.sum(acc * mine.to(tl.float32), 1)
-    tl.store(out + part * tokens + r, total, mask=r < tokens)
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for start in range(0, width, BK):
+        if TMA:
+            left = rate.load([row, start])
+            right = gram.load([col, start])
+        else:
+            at = start + k
+            inside = (at < width)[None, :]
+            own = r.to(tl.int64)[:, None] * width + at[None, :]
+            left = tl.load(rate + own, mask=(r < tokens)[:, None] & inside, other=0.0)
+            other = n.to(tl.int64)[:, None] * width + at[None, :]
+            right = tl.load(gram + other, mask=(n < width)[:, None] & inside, other=0.0)
+        acc = tl.dot(left, right.T, acc)
+    if TMA:
+        mine = rate_tile.load([row, col])
+    else:
+        own = r.to(tl.int64)[:, None] * width + n[None, :]
+        mine = tl.load(rate_tile + own, mask=(r < tokens)[:, None] & (n < width)[None, :], other=0.0)
+    tl.store(out + part * tokens + r, tl.sum(acc * mine.to(tl.float32), 1), mask=r < tokens)
 
 
 def _affine(rows: Tensor, weight: Tensor) -> Tensor:
@@ -424,8 +419,8 @@ def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float) -
         parts = -(-outer.shape[0] // span)
         out = torch.empty(parts, tokens, m, dtype=torch.float32, device=rows.device)
         _change_kernel[(tiles, parts)](
-            alpha, beta, step, descriptor(outer, [bn, bk]) if tma else outer, out, tokens, m, width, outer.shape[0], span,
-            outer.stride(0), TT=tt, MB=mb, BN=bn, BK=bk, CUBIC=bool(h), FORM=form, TMA=tma, num_warps=warps,
+            alpha, beta, step, descriptor(outer, [bn, bk]) if tma else outer, out, tokens, m, width, outer.shape[0],
+            span, outer.stride(0), TT=tt, MB=mb, BN=bn, BK=bk, CUBIC=bool(h), FORM=form, TMA=tma, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
         return out.sum(0).sqrt_().mean(1) / (h or 1.0)
@@ -439,13 +434,14 @@ def _frobenius_triton(rows: Tensor, layers: Layers, gram: Tensor) -> Tensor:
         rate, _ = _rates(rows, layers, None, 0, torch.bfloat16)
         rate, gram = multipliable(rate), multipliable(gram.to(torch.bfloat16).contiguous())
         bm, bn, bk, warps, stages = _FROBENIUS
-        width, span = gram.shape[0], bn
-        parts = -(-width // span)
+        width = gram.shape[0]
+        parts = -(-width // bn)
         tma = describable(rate, gram)
         out = torch.empty(parts, tokens, dtype=torch.float32, device=rows.device)
-        left, right = (descriptor(rate, [bm, bk]), descriptor(gram, [bn, bk])) if tma else (rate, gram)
+        left, tile, right = rate, rate, gram
+        if tma:
+            left, tile, right = descriptor(rate, [bm, bk]), descriptor(rate, [bm, bn]), descriptor(gram, [bn, bk])
         _frobenius_kernel[(-(-tokens // bm), parts)](
-            rate, right, left, out, tokens, width, span,
-            BM=bm, BN=bn, BK=bk, TMA=tma, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            left, tile, right, out, tokens, width, BM=bm, BN=bn, BK=bk, TMA=tma, num_warps=warps, num_stages=stages
+        )
         return out.sum(0).clamp_(min=0).div_(rows.shape[1]).sqrt_()
