@@ -323,6 +323,6 @@ def test_a_static_cache_is_refused_in_one_line(case: str) -> None:
     model = tiny.build("llava")
     sample = tiny.prompt(model, 2)
     cache = StaticCache(config=model.config.text_config, max_cache_len=96)
-    with applied(model, case), pytest.raises(vtprune.errors.VTPruneError, match="dynamic cache") as error:
+    with pytest.raises(InputError, match="dynamic cache") as error, applied(model, case):
         model(**sample, past_key_values=cache, use_cache=True)
     assert "\n" not in str(error.value)

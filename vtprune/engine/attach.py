@@ -311,6 +311,11 @@ class Engine:
             if job is not None:
                 self._note_nothing_dropped(job, max(call.tokens.image_lens, default=0))
             return False
+        if job is not None and job.layer_stages and getattr(call.cache, "is_compileable", False):
+            raise InputError(
+                f"a {type(call.cache).__name__} has one length for all layers, but pruning inside the language model "
+                "gives each its own; use a dynamic cache, or a method that prunes at the projector"
+            )
         if job is not None and job.layer_stages and module_checkpoints(self.family.lm):
             raise UnsupportedModelError(
                 "pruning inside the language model does not work with gradient checkpointing, which runs layers "

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from . import reference
 
+#: Scores this close (as a part of 10 plus the best) are equal, and the lowest index wins. Two rows that would cover each
+#: other, and nothing else, gain the same; rounding must not choose between them.
+TIE = 1e-6
+#: What a broken row scores: less than any other, more than one that is picked.
+BROKEN = -1e9
+
 
 @torch.no_grad()
 def facility(
@@ -52,11 +58,12 @@ def facility(
             rows = (rows / length.clamp(min=1e-8)[:, None]).masked_fill_(broken[:, None], 0.0)
             like = ((rows @ rows.T + 1) / 2).masked_fill_(broken | broken[:, None], 0.0)
             mine = bonus[start : start + n].detach().float().nan_to_num(nan=0.0)
-            limit = torch.full_like(mine, torch.inf).masked_fill_(broken, reference._LOWEST)
+            limit = torch.full_like(mine, torch.inf).masked_fill_(broken, BROKEN)
             covered = rows.new_zeros(n)
             for step in range(k):
                 score = torch.minimum((like - covered).clamp_(min=0).sum(1) + mine, limit)
-                pick = score.argmax(0, keepdim=True)  # the first of equal ones
+                best = score.amax()
+                pick = (score >= best - TIE * (10 + best.abs())).int().argmax(0, keepdim=True)
                 picks[p, step : step + 1] = pick
                 worth[p, step : step + 1] = score[pick]
                 limit.index_fill_(0, pick, -torch.inf)
