@@ -50,26 +50,42 @@ def facility(
     picks = torch.zeros(len(pools.counts), max(pools.counts), dtype=torch.int64, device=features.device)
     worth = torch.zeros(picks.shape, device=features.device)
     with torch.autocast(features.device.type, enabled=False):
-        # Pool by pool: a sum over another shape would round differently than the same pool alone.
-        for p, (start, n, k) in enumerate(zip(pools.starts, pools.lens, pools.counts, strict=True)):
-            rows = features[start : start + n].detach().to(torch.float32, copy=True)
-            length = torch.linalg.vector_norm(rows, dim=1)
-            broken = ~length.isfinite()
-            rows = (rows / length.clamp(min=1e-8)[:, None]).masked_fill_(broken[:, None], 0.0)
-            like = ((rows @ rows.T + 1) / 2).masked_fill_(broken | broken[:, None], 0.0)
-            mine = bonus[start : start + n].detach().float().nan_to_num(nan=0.0)
-            limit = torch.full_like(mine, torch.inf).masked_fill_(broken, BROKEN)
-            covered = rows.new_zeros(n)
-            for step in range(k):
-                score = torch.minimum((like - covered).clamp_(min=0).sum(1) + mine, limit)
-                best = score.amax()
-                pick = (score >= best - TIE * (10 + best.abs())).int().argmax(0, keepdim=True)
-                picks[p, step : step + 1] = pick
-                worth[p, step : step + 1] = score[pick]
-                limit.index_fill_(0, pick, -torch.inf)
-                covered = torch.maximum(covered, like[pick].squeeze(0))
+        # Pools of one size step together. Others do not join them: a sum over another shape rounds differently.
+        for n in dict.fromkeys(pools.lens):
+            group = [p for p, size in enumerate(pools.lens) if size == n]
+            most = max(pools.counts[p] for p in group)
+            chosen, gained = _steps(features, bonus, [pools.starts[p] for p in group], n, most)
+            at = reference._ints(group, features.device)
+            picks[:, :most].index_copy_(0, at, chosen)
+            worth[:, :most].index_copy_(0, at, gained)
     order = reference._flat_rows(picks, pools)
     if not gains:
         return order
     lane = torch.arange(worth.shape[1], device=worth.device)
     return order, worth[lane < reference._ints(pools.counts, worth.device)[:, None]]
+
+
+def _steps(features: Tensor, bonus: Tensor, starts: list[int], n: int, most: int) -> tuple[Tensor, Tensor]:
+    """Picks and what they are worth, ``[G, most]``, of G pools of `n` rows. A pool that keeps fewer takes the first."""
+    like, mine, limit = [], [], []
+    for start in starts:
+        rows = features[start : start + n].detach().to(torch.float32, copy=True)
+        length = torch.linalg.vector_norm(rows, dim=1)
+        broken = ~length.isfinite()
+        rows = (rows / length.clamp(min=1e-8)[:, None]).masked_fill_(broken[:, None], 0.0)
+        like.append(((rows @ rows.T + 1) / 2).masked_fill_(broken | broken[:, None], 0.0))
+        mine.append(bonus[start : start + n].detach().float().nan_to_num(nan=0.0))
+        limit.append(torch.full_like(mine[-1], torch.inf).masked_fill_(broken, BROKEN))
+    likes, bonuses, limits = (torch.stack(x) for x in (like, mine, limit))
+    covered = torch.zeros_like(bonuses)
+    picks = torch.zeros(len(starts), most, dtype=torch.int64, device=features.device)
+    worth = torch.zeros(picks.shape, device=features.device)
+    for step in range(most):
+        score = torch.minimum((likes - covered[:, None]).clamp_(min=0).sum(2) + bonuses, limits)
+        best = score.amax(1, keepdim=True)
+        pick = (score >= best - TIE * (10 + best.abs())).int().argmax(1, keepdim=True)
+        picks[:, step : step + 1] = pick
+        worth[:, step : step + 1] = score.gather(1, pick)
+        limits.scatter_(1, pick, -torch.inf)
+        covered = torch.maximum(covered, likes.gather(1, pick[..., None].expand(-1, 1, n)).squeeze(1))
+    return picks, worth
