@@ -52,9 +52,13 @@ __all__ = [
     "select",
     "using",
 ]
+#: Subpackages that are there without an import of their own.
+_SUBPACKAGES = ("decoding",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'vtprune' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

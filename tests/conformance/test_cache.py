@@ -363,3 +363,22 @@ def test_an_unpruned_cache_is_left_alone() -> None:
         expected = model(input_ids=torch.tensor([[9]]), past_key_values=plain).logits
         vtprune.apply(model, "norm", keep=KEEP)
         assert same(model(input_ids=torch.tensor([[9]]), past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("options", [dict(method="norm"), dict(method="dart", layer=1)], ids=["projector", "layer"])
+def test_one_pruned_prompt_can_go_on_in_many_ways(family: str, options: dict) -> None:
+    model = tiny.build(family)
+    sample = tiny.prompt(model, 2)
+    tails = torch.tensor([[11, 12, 13], [21, 22, 23], [31, 32, 33]])
+    with vtprune.apply(model, keep=0.5, **options), torch.no_grad():
+        alone = []
+        for tail in tails:
+            cache = model(**sample).past_key_values
+            cache = model(input_ids=tail[None, :2], past_key_values=cache).past_key_values
+            alone.append(model(input_ids=tail[None, 2:], past_key_values=cache).logits)
+        cache = model(**sample).past_key_values
+        cache.batch_repeat_interleave(3)
+        cache = model(input_ids=tails[:, :2], past_key_values=cache).past_key_values
+        together = model(input_ids=tails[:, 2:], past_key_values=cache).logits
+    assert_close(together, torch.cat(alone), LOOSE)

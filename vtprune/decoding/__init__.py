@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode-time methods: what a model says and remembers while it writes, beside what it sees."""
 
+from .contrast import SparseContrast
 from .neurons import core_neurons
+from .vasparse import vasparse
 
-__all__ = ["core_neurons"]
+__all__ = ["SparseContrast", "core_neurons", "vasparse"]

@@ -340,6 +340,8 @@ class Engine:
         """New text on a pruned cache."""
         embeds = kw["inputs_embeds"]
         batch, queries, _ = embeds.shape
+        if state.next_original.shape[0] == 1 < batch == call.cache.layers[0].keys.shape[0]:
+            state = state.repeated(batch)
         if state.next_original.shape[0] != batch:
             raise InputError(
                 f"the pruned cache belongs to a batch of {state.next_original.shape[0]}, but {batch} rows came; start "
@@ -373,9 +375,11 @@ class Engine:
         call = self.local.call
         if call is None or call.rotary is None:
             return None
+        # The text model asks once, before its layers; a KV-cache compressor may ask for other positions later.
+        positions, call.rotary = call.rotary, None
         if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": call.rotary}
-        return (args[0], call.rotary, *args[2:]), kwargs
+            return args, {**kwargs, "position_ids": positions}
+        return (args[0], positions, *args[2:]), kwargs
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self.local.call
@@ -397,7 +401,7 @@ class Engine:
         if cache is not None:
             if call.job is not None and call.job.pruner.prune_early_kv and len(call.packs) > 1:
                 prune_cache(call, cache)
-            pos.commit(cache, call.state, self.caches)
+            pos.commit(cache, pos.adopt(cache, call.state), self.caches)
         if not call.packs:
             return None
         self.fired = self.fired or bool(call.trace)
@@ -459,6 +463,24 @@ def module_checkpoints(lm: Any) -> bool:
 def engine_of(family: Family) -> Engine | None:
     """The engine on this model, if vtprune is on it."""
     return getattr(family.inner, _ATTRIBUTE, None)
+
+
+@contextmanager
+def attached(family: Family) -> Iterator[Engine]:
+    """Keep the engine on this model, whatever is applied or removed meanwhile."""
+    with LOCK:
+        engine = engine_of(family) or Engine(family)
+        if engine_of(family) is None:
+            engine.attach()
+        engine.meet(family)
+        engine.users += 1
+    try:
+        yield engine
+    finally:
+        with LOCK:
+            engine.users -= 1
+            if not engine.users:
+                engine.detach()
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def _rows(
     if k.shape[2] != mask.shape[1]:
         raise UnsupportedModelError(
             f"layer {probe.layer} caches {k.shape[2]} keys where {mask.shape[1]} tokens were passed; pruning inside "
-            "the language model needs a dynamic cache"
+            "the language model needs a dynamic cache, which a compressor may shorten only after vtprune (apply first)"
         )
     slots = _slots(call, hidden.device)
     at = query + past if inside is None else (query + past).masked_fill(~inside, -1)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError
 from ..tokens import Stage
 from . import positions as pos
 from .layer_probes import row_of
@@ -98,6 +98,11 @@ def prune_cache(call: Call, cache: Any) -> None:
         index = last.index
         for plan in reversed(packs[done + 1 : -1]):
             index = plan.index.gather(1, index)
+        if layer.keys.shape[2] != state.masks[state.group(i)].shape[1]:
+            raise InputError(
+                f"layer {i} caches {layer.keys.shape[2]} of {state.masks[state.group(i)].shape[1]} slots: something "
+                "shortened the cache during the forward (a KV-cache compressor?); leave prune_early_kv off beside it"
+            )
         past = layer.keys.shape[2] - packs[done].index.shape[1]
         index = index.to(layer.keys.device)[:, None, :, None]
         for name in ("keys", "values"):

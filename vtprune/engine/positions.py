@@ -75,6 +75,15 @@ class CacheState:
         """First layer of the group that `layer` belongs to."""
         return max(first for first in self.masks if first <= layer)
 
+    def repeated(self, batch: int) -> CacheState:
+        """The same for a cache of one prompt that was repeated (``batch_repeat_interleave``): many ways to go on."""
+        return replace(
+            self,
+            masks={k: m.expand(batch, -1) for k, m in self.masks.items()},
+            next_original=self.next_original.expand(batch),
+            next_position=self.next_position.expand(batch),
+        )
+
     def rewound(self, length: int) -> CacheState:
         """The same state for a cache that now holds `length` slots: generate() crops it when it rejects candidates."""
         if not self.floor <= length <= self.length:
@@ -121,6 +130,33 @@ def _crop_layers(cache: Any, state: CacheState) -> None:
                 f"layer {i} of the pruned cache holds {have} slots where {want} are needed: it was cropped too far; "
                 "start with a new cache"
             )
+
+
+def adopt(cache: Any, state: CacheState) -> CacheState:
+    """Fit a state to a cache that a KV-cache compressor shortened while the forward ran (kvpress works this way).
+
+    Raises
+    ------
+    InputError
+        The batch has padding: which slots hold it is not known any more.
+    """
+    lengths = [int(cache.get_seq_length(i)) for i in range(len(cache.layers))]
+    if all(n == state.masks[state.group(i)].shape[1] for i, n in enumerate(lengths)):
+        return state
+    if not all(state.full.values()):
+        raise InputError(
+            "something shortened the KV cache of a padded batch during the forward (a KV-cache compressor?), so it is "
+            "not known which slots are padding; compress batches without padding, for example single samples"
+        )
+    firsts = [i for i, n in enumerate(lengths) if i == 0 or n != lengths[i - 1]]
+    batch = state.masks[0].shape[0]
+    return replace(
+        state,
+        masks={i: state.masks[0].new_ones(batch, lengths[i]) for i in firsts},
+        full=dict.fromkeys(firsts, True),
+        length=lengths[0],
+        floor=lengths[0],
+    )
 
 
 def commit(cache: Any, state: CacheState, caches: weakref.WeakSet[Any]) -> None:
