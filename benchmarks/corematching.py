@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     suffix = where.lower().replace("nvidia ", "").replace(" ", "-")
     shapes, models, steps, runs = FFNS, tuple(FFNS), 32, 50
     if given.smoke:
-        given.questions, given.prompts = 3, 2
+        given.questions, given.prompts = 2, 1
         shapes, models, steps, runs = {"tiny": (64, 160)}, ("llava-tiny",), 2, 2
 
     def save(name: str, rows: Iterator[Row], extra: Row) -> None:

@@ -104,11 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", default="test", choices=["val", "test"])
     parser.add_argument("--commit", default=None)
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--smoke", action="store_true", help="four questions, two numbers of shots, one budget")
+    parser.add_argument("--smoke", action="store_true", help="two questions, two numbers of shots, one budget")
     given = parser.parse_args(arguments)
     timed = TIMED
     if given.smoke:
-        given.shots, given.keep, given.questions, given.batch, timed = [0, 2], ["1/3"], 4, 4, 1
+        given.shots, given.keep, given.questions, given.batch, timed = [0, 2], ["1/3"], 2, 2, 1
 
     model, processor = vtprune.load(given.model, dtype=torch.float32)
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"

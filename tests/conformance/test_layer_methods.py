@@ -263,6 +263,35 @@ def test_generation_with_pruned_early_caches(family: str) -> None:
         together, _ = generate(model, tiny.collate(samples), 5)
         for b, sample in enumerate(samples):
             assert same(generate(model, sample, 5)[0][0], together[b])
+        greedy, _ = generate(model, samples[0], 14)
+        options = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "eos_token_id": NEVER}
+        try:
+            assert same(generate(model, samples[0], 14, **options)[0], greedy)
+        except InputError:
+            assert COUNTS_THE_CACHE
+
+
+@torch.no_grad()
+def test_early_caches_of_a_second_prompt() -> None:
+    """What the first turn left stays; of the second only what it drops goes, in every layer."""
+    model = tiny.build("llava")
+    first, second = tiny.prompt(model, 1, seed=1), tiny.prompt(model, 2, seed=2)
+    mask = torch.ones(1, first["input_ids"].shape[1] + second["input_ids"].shape[1], dtype=torch.long)
+    more = {**second, "attention_mask": mask}
+    lengths, logits = [], []
+    for early in (False, True):
+        options = {"mode": "top_k", "layer": 2, "prune_early_kv": early}
+        with vtprune.apply(model, "corematching", keep=KEEP, **options):
+            cache = model(**first, use_cache=True).past_key_values
+            before = cache_lengths(cache)
+            keys = [layer.keys.clone() for layer in cache.layers]
+            logits.append(model(**more, past_key_values=cache).logits)
+            lengths.append((before, cache_lengths(cache)))
+            for layer, old in zip(cache.layers, keys, strict=True):
+                assert same(layer.keys[:, :, : old.shape[2]], old)
+    (late_before, late), (early_before, now) = lengths
+    assert early_before == [late_before[-1]] * tiny.LAYERS and now == [late[-1]] * tiny.LAYERS
+    assert bool(logits[1].isfinite().all()) and not same(logits[0], logits[1])
 
 
 @pytest.mark.parametrize(

@@ -172,3 +172,23 @@ def test_layers_below_deepstack_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="DeepStack"):
         vtprune.apply(model, "fastv", layer=1)
     vtprune.apply(model, "fastv", layer=2)
+
+
+@torch.no_grad()
+def test_positions_that_are_not_put_together_yet_turn_rows_alike() -> None:
+    """Older transformers hand the attention one cosine and sine per axis; newer ones put the axes together before."""
+    model = tiny.build("qwen2_5_vl")
+    family = find_family(model)
+    attention, rotary = family.lm.layers[1].self_attn, family.lm.rotary_emb
+    hidden = torch.randn(2, 6, 32)
+    positions = torch.randint(0, 50, (3, 2, 6))
+    together = rotary(hidden, positions)
+    axes = [rotary(hidden, axis.expand(3, -1, -1)) for axis in positions]
+    apart = tuple(torch.stack([axis[i] for axis in axes]) for i in range(2))
+    if together[0].ndim == 4:  # such a version: each axis holds three equal ones
+        apart = tuple(torch.stack([axis[i][0] for axis in axes]) for i in range(2))
+        axes = [tuple(e[0] for e in axis) for axis in axes]
+    for heads in (family.query_heads, family.key_heads):
+        found, expected = heads(attention, hidden, apart), heads(attention, hidden, together)
+        assert found.shape[1] in (2, 4) and torch.allclose(found, expected, atol=1e-6)
+        assert not torch.allclose(found, heads(attention, hidden, axes[0]), atol=1e-2)
