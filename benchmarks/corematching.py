@@ -152,7 +152,14 @@ def ffn_share(model: Any, neurons: bool, beta: float) -> float:
 
 
 def answers(
-    model: Any, processor: Any, source: tasks.Task, split: str, count: int, keep: float, plans: list[tuple[str, float]]
+    model: Any,
+    processor: Any,
+    source: tasks.Task,
+    split: str,
+    count: int,
+    keep: float,
+    plans: list[tuple[str, float]],
+    timed: int,
 ) -> Iterator[Row]:
     """Exact answers, one prompt at a time, because core neurons belong to one prompt."""
     family = find_family(model)
@@ -168,8 +175,8 @@ def answers(
                     report = vtprune.report(model)
                     kept.append(report.tokens_out / report.tokens_in)
                     before, after = before + report.flops_before, after + report.flops_after
-                if i < 5:
-                    times.append((prefill_ms(model, one), token_ms(model, one, 16)))
+                if i < timed:
+                    times.append((prefill_ms(model, one), token_ms(model, one, 16 if timed > 1 else 2)))
         right = [text == example.answer for text, example in zip(given, examples, strict=True)]
         value = stats.accuracy(np.array(right, float)[:, None], [e.kind for e in examples])[0]
         row = {"variant": name, "beta": beta if "neurons" in name else "", "questions": len(examples)}
@@ -319,10 +326,10 @@ def main(arguments: list[str] | None = None) -> int:
         "commit": given.commit or prefill.commit(),
     }
     suffix = where.lower().replace("nvidia ", "").replace(" ", "-")
-    shapes, models, steps, runs = FFNS, tuple(FFNS), 32, 50
+    shapes, models, steps, runs, timed = FFNS, tuple(FFNS), 32, 50, 5
     if given.smoke:
         given.questions, given.prompts = 2, 1
-        shapes, models, steps, runs = {"tiny": (64, 160)}, ("llava-tiny",), 2, 2
+        shapes, models, steps, runs, timed = {"tiny": (64, 160)}, ("llava-tiny",), 2, 2, 1
 
     def save(name: str, rows: Iterator[Row], extra: Row) -> None:
         found = []
@@ -340,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "answers" in given.only:
             plans = [("dense", BETA), ("tokens", BETA), *(("neurons", beta) for beta in BETAS)]
             plans += [("tokens+neurons", BETA), ("top-k", BETA), ("random", BETA)]
-            rows = answers(model, processor, source, given.split, given.questions, 0.25, plans)
+            rows = answers(model, processor, source, given.split, given.questions, 0.25, plans, timed)
             save("answers", rows, extra | {"keep": 0.25})
     if "decode" in given.only:
 
