@@ -127,8 +127,10 @@ class Composed(Pruner):
         steps = [last]
         for i in range(len(here) - 1, 0, -1):
             if self.keeps:
-                share = math.prod(self.keeps[: here[i - 1][0] + 1])
-                counts = replace(budget, keep=float(share)).pools(tokens).counts
+                # Not `replace`: the last one may count in a way of its own.
+                share = float(math.prod(self.keeps[: here[i - 1][0] + 1]))
+                plain = Budget(share, budget.scope, budget.allocation).pools(tokens)
+                counts = plain.counts if plain.lens == lens else tuple(math.floor(n * share + 1e-6) for n in lens)
             else:
                 counts = tuple(
                     math.floor(n * (k / n) ** (i / len(here)) + 1e-6) if k else 0
