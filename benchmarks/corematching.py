@@ -51,7 +51,6 @@ def write(rows: list[Row], path: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(path)
 
 
 # -- the premise ------------------------------------------------------------------------------------------------------
@@ -307,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket-llava", help="the trained model of `premise` and `answers`")
     parser.add_argument("--task", default="pocketvqa/extended", help=", ".join(tasks.names()))
-    parser.add_argument("--questions", type=int, default=600)
+    parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=60, help="prompts of `premise`")
     parser.add_argument("--split", default="test", choices=["val", "test"])
     parser.add_argument("--only", nargs="+", default=["premise", "answers", "decode"])
@@ -333,10 +332,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def save(name: str, rows: Iterator[Row], extra: Row) -> None:
         found = []
-        for row in rows:
+        for row in rows:  # written row by row: a run that is cut off leaves what it has
             found.append({**about, **extra, **row})
+            write(found, given.out_dir / f"corematching-{name}-{suffix}.csv")
             print(row)
-        write(found, given.out_dir / f"corematching-{name}-{suffix}.csv")
 
     if "premise" in given.only or "answers" in given.only:
         model, processor = vtprune.load(given.model, dtype=torch.float32)

@@ -35,7 +35,7 @@ SHOTS = (0, 1, 2, 4, 8)
 KEEPS = ("1/3", "2/9", "1/10")
 METHODS = ("random", "divprune", "fastv", "catp")
 #: Prompts that are timed one by one.
-TIMED = 5
+TIMED = 3
 
 
 def task(shots: int) -> tasks.Task:
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shots", nargs="+", type=int, default=list(SHOTS))
     parser.add_argument("--keep", nargs="+", default=list(KEEPS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
-    parser.add_argument("--questions", type=int, default=1000, help="per number of shots (default: 1000)")
+    parser.add_argument("--questions", type=int, default=400, help="per number of shots (default: 400)")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--split", default="test", choices=["val", "test"])
     parser.add_argument("--commit", default=None)
@@ -153,10 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
                     }
                 )
                 print({key: value for key, value in lines[-1].items() if key not in about})
-    with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+            # After each number of shots: a run that is cut off leaves what it has.
+            with out.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(lines[0]))
+                writer.writeheader()
+                writer.writerows(lines)
     print(out)
     return 0
 

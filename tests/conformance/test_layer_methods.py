@@ -344,6 +344,20 @@ def test_attention_maps_can_be_asked_for(case: str) -> None:
     assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
 
 
+@torch.no_grad()
+def test_prompts_without_text() -> None:
+    model = tiny.build("llava")
+    bare = tiny.sample(model, tiny.pictures(model, 2))
+    for case in METHODS:
+        if case != "visual-exit":
+            with applied(model, case):
+                assert bool(model(**bare).logits.isfinite().all()), case
+    batch = tiny.collate([tiny.prompt(model, 1), bare])
+    with pytest.raises(InputError, match="sample 1 has pictures and no text") as error, applied(model, "visual-exit"):
+        model(**batch)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("case", ["fastv", "catp", "corematching", "visual-exit"])
 @torch.no_grad()
 def test_a_static_cache_is_refused_in_one_line(case: str) -> None:

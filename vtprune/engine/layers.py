@@ -139,6 +139,11 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     slots = slots[selection.index]
     keep.view(-1)[slots] = True
     counts = np.asarray(call.counts[-1]) - tokens.sample_lens(batch) + kept
+    if not counts.all():
+        raise InputError(
+            f"sample {int(counts.argmin())} has pictures and no text, and {job.config.label!r} leaves nothing of it; "
+            "add text, or choose another method"
+        )
     plan = pack(keep, counts.tolist())
     if selection.features is not None:
         merged = selection.features.to(hidden.dtype)
