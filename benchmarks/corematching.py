@@ -272,23 +272,22 @@ def whole_model(device: torch.device, names: tuple[str, ...], steps: int) -> Ite
         inputs = prefill.make_inputs(model, prefill.Case(name, 1, side))
         depth = len(find_family(model).lm.layers)
         first = min(CoreMatchingPruner().layer, depth - 2)
-        usual, plans = None, (("dense", None), ("tokens", None), ("neurons", None), ("neurons", range(depth)))
-        plans = (*plans, ("tokens+neurons", range(depth)))
-        dense: tuple[float, float] | None = None
+        every, dense = range(depth), None
+        plans = [("dense", None), ("tokens", None), ("neurons", None), ("neurons", every), ("tokens+neurons", every)]
         for how, layers in plans:
+            label = how
             with ExitStack() as stack:
                 if "tokens" in how:  # random weights have no elbow worth the name
                     stack.enter_context(vtprune.using(model, "corematching", mode="top_k", keep=0.4, layer=first))
                 if "neurons" in how:
                     handle = stack.enter_context(core_neurons(model, rho=RHO, beta=BETA, layers=layers))
-                    usual = len(handle.layers)
+                    label = f"{how}, {len(handle.layers)} of {depth} layers"
                 found = (prefill_ms(model, inputs), token_ms(model, inputs, steps))
             dense = dense or found
-            sparse = f", {usual} of {depth} layers" if "neurons" in how else ""
             for what, unit, mine, base in zip(("prefill", "decode"), ("ms", "tokens/s"), found, dense, strict=True):
                 rate = (lambda t: 1000 / t) if what == "decode" else (lambda t: t)
                 yield {
-                    "what": f"{what} {how}{sparse}",
+                    "what": f"{what} {label}",
                     "shape": name,
                     "beta": BETA if "neurons" in how else "",
                     "dense": round(rate(base), 2),
