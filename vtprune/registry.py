@@ -65,6 +65,8 @@ class Pruner:
     ordered: ClassVar[bool] = True
     #: The allocation (see `Budget`) that it takes where nobody asks for another.
     allocation: ClassVar[str] = "equal"
+    #: Also drop the tokens from the caches of the layers below a stage, once the prompt has gone through all layers.
+    prune_early_kv: bool = False
 
     @property
     def needs(self) -> frozenset[Probe]:
@@ -79,9 +81,6 @@ class Pruner:
     def stages(self) -> tuple[Stage, ...]:
         """Where the method acts, in ascending order."""
         return (PROJECTOR,)
-
-    #: Also drop the tokens from the caches of the layers below a stage, once the prompt has gone through all layers.
-    prune_early_kv: bool = False
 
     def fit(self, depth: int) -> Pruner:
         """The method with whatever depends on the number of decoder layers filled in; called at `apply`."""
