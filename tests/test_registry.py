@@ -191,7 +191,7 @@ def test_an_unknown_method_suggests_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(name, {})
     message = str(caught.value)
-    assert message.startswith(f"unknown method {name!r}") and hint in message and "known methods: cdpruner, " in message
+    assert message.startswith(f"unknown method {name!r}") and hint in message and "known methods: catp, " in message
     assert ("did you mean" in message) == bool(hint)
 
 
