@@ -113,15 +113,30 @@ def test_a_sparse_ffn_is_the_dense_one_with_a_mask(shape: tuple[int, int]) -> No
 
 
 @torch.no_grad()
-def test_all_neurons_decode_as_the_dense_model_in_bf16() -> None:
+def test_decoding_on_core_neurons_is_the_dense_model_with_a_mask_in_bf16() -> None:
     model, inputs = load("pocket-llava", "sdpa", torch.bfloat16, count=1)
+    layers = range(1, 5)
+    masks: dict[int, torch.Tensor] = {}
 
-    def steps() -> torch.Tensor:
+    def steps(remember: bool = False) -> torch.Tensor:
         cache = model(**inputs, use_cache=True).past_key_values
         given = inputs["input_ids"][:, -6:]
-        return torch.cat([model(input_ids=given[:, t : t + 1], past_key_values=cache).logits for t in range(6)], 1)
+        out = torch.cat([model(input_ids=given[:, t : t + 1], past_key_values=cache).logits for t in range(6)], 1)
+        for i, core in cache._vtprune_neurons.layers.items() if remember else ():
+            ids = neuron_match.core(core.votes, 0.4)[0][0]
+            masks[i] = torch.zeros(core.votes.shape[1] + 1, device=ids.device).index_fill_(0, ids, 1.0)[:-1]
+        return out.float()
 
-    dense = steps().float()
-    with core_neurons(model, rho=1.0, beta=1.0, layers=range(6)):
-        sparse = steps().float()
-    assert (dense - sparse).abs().max() <= 0.02 * dense.abs().max()
+    def mask(layer: int, args: tuple[torch.Tensor]) -> Any:
+        return (args[0] * masks[layer].to(args[0]),) if args[0].shape[1] == 1 else None
+
+    with core_neurons(model, layers=layers):
+        sparse = steps(remember=True)
+    dense = steps()
+    assert masks.keys() == set(layers)
+    for i in layers:
+        down = model.model.language_model.layers[i].mlp.down_proj
+        down.register_forward_pre_hook(lambda _, args, i=i: mask(i, args))
+    masked = steps()
+    assert (sparse - masked).abs().max() <= 0.02 * masked.abs().max()
+    assert (sparse - dense).abs().max() > 2 * (sparse - masked).abs().max()
