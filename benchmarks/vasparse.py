@@ -4,8 +4,8 @@
     python -m benchmarks.vasparse                                # on two CPU cores: about five minutes
     python -m benchmarks.vasparse --pictures 200 --tokens 256    # on a GPU
 
-The pocket models cannot list freely what they see: they were trained on answers alone, and end each after a word or two.
-So the list is asked for. Each picture is put into the cache once, the cache is repeated, and on it "is there a red
+The pocket models cannot list freely what they see: they were trained on answers alone, and end each after a word or
+two. So the list is asked for. Each picture is put into the cache once, the cache is repeated, and on it "is there a red
 circle ?" is asked for every colour and shape. What is answered with yes is what the model names. `benchmarks/README.md`
 explains the columns.
 """
@@ -77,7 +77,9 @@ def decoding(model: Any, options: dict[str, Any] | None) -> Iterator[LogitsProce
 
 
 @torch.inference_mode()
-def ask(model: Any, processor: Any, inputs: dict[str, Tensor], tails: Tensor, methods: list[str]) -> dict[str, np.ndarray]:
+def ask(
+    model: Any, processor: Any, inputs: dict[str, Tensor], tails: Tensor, methods: list[str]
+) -> dict[str, np.ndarray]:
     """Which questions are answered with yes under each method, ``[N]`` bool.
 
     Parameters
@@ -92,16 +94,18 @@ def ask(model: Any, processor: Any, inputs: dict[str, Tensor], tails: Tensor, me
     # Methods that differ in the contrast alone share the forward.
     groups: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     for method in methods:
-        options = METHODS[method] or OFF
+        options = OFF if METHODS[method] is None else METHODS[method]
         groups.setdefault(tuple((k, v) for k, v in options.items() if k != "alpha"), []).append(method)
     said = {}
-    for group in groups.values():
-        with decoding(model, dict(METHODS[group[0]] or OFF, alpha=0)):
+    for group, members in groups.items():
+        with decoding(model, dict(group, alpha=0)):
             cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
             cache.batch_repeat_interleave(len(tails))
             logits = model(input_ids=tails, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        for method in group:
-            with decoding(model, OFF | {"alpha": (METHODS[method] or OFF).get("alpha", 0.1)}) as processors:
+        for method in members:
+            options = METHODS[method]
+            alpha = 0 if options is None else options.get("alpha", 0.1)
+            with decoding(model, OFF | {"alpha": alpha}) as processors:
                 said[method] = (processors(ids, logits).argmax(-1) == yes).cpu().numpy()
     return said
 
@@ -116,15 +120,21 @@ def prompts(model: Any, processor: Any, picture: Image.Image) -> tuple[dict[str,
     family = find_family(model)
     inputs = controls.prepare(family, processor, [example(picture, text(*PAIRS[0]))])
     ids = inputs["input_ids"][0]
-    words = processor.tokenizer([text(*pair) for pair in PAIRS], add_special_tokens=False, return_tensors="pt").input_ids
+    words = processor.tokenizer(
+        [text(*pair) for pair in PAIRS], add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     words = words.to(ids.device)
     begin = len(ids) - words.shape[1]
     assert torch.equal(ids[begin:], words[0]), "the chat template puts something after the question"
-    cut = {k: v[:, :begin] if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v for k, v in inputs.items()}
+    cut = {
+        k: v[:, :begin] if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v for k, v in inputs.items()
+    }
     return cut, words
 
 
-def listing(model: Any, processor: Any, shown: str, split: str, count: int, methods: list[str]) -> Iterator[dict[str, Any]]:
+def listing(
+    model: Any, processor: Any, shown: str, split: str, count: int, methods: list[str]
+) -> Iterator[dict[str, Any]]:
     """One row for each method: what it named that is not there."""
     named: dict[str, list[np.ndarray]] = {method: [] for method in methods}
     truth, asked = [], []
@@ -173,8 +183,8 @@ def share(hits: np.ndarray, of: np.ndarray, draws: int = 2000) -> tuple[float, f
 
 @torch.inference_mode()
 def speed(model: Any, processor: Any, split: str, tokens: int, runs: int, methods: list[str]) -> dict[str, float]:
-    """Tokens a second of one prompt, prefill left out: the median of `runs`, the methods taking turns."""
-    found, picture = next(pictures("basic", split, 1))
+    """Tokens a second (on a CPU: of one core's time), prefill left out: median of `runs`, the methods taking turns."""
+    _, picture = next(pictures("basic", split, 1))
     inputs, tails = prompts(model, processor, picture)
     ids = torch.cat([inputs["input_ids"], tails[:1]], 1)
     whole = {k: v for k, v in inputs.items() if k not in ("attention_mask", "mm_token_type_ids")} | {"input_ids": ids}
@@ -182,7 +192,7 @@ def speed(model: Any, processor: Any, split: str, tokens: int, runs: int, method
         whole["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tails[:1])], 1)
     whole["attention_mask"] = torch.ones_like(ids)
 
-    class Clock(LogitsProcessor):  # type: ignore[misc]
+    class Clock(LogitsProcessor):
         """When each token was there."""
 
         def __init__(self) -> None:
@@ -191,9 +201,11 @@ def speed(model: Any, processor: Any, split: str, tokens: int, runs: int, method
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             if scores.is_cuda:
                 torch.cuda.synchronize()
-            self.ticks.append(time.perf_counter())
+            self.ticks.append(time.perf_counter() if scores.is_cuda else time.process_time())
             return scores
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a CPU: its own time on one core, so that nothing else on the machine counts
     found_rates: dict[str, list[float]] = {method: [] for method in methods}
     for run in range(runs + 1):
         for method in methods:
@@ -208,6 +220,7 @@ def speed(model: Any, processor: Any, split: str, tokens: int, runs: int, method
                 )
             if run:  # the first one warms up
                 found_rates[method].append(tokens / (clock.ticks[-1] - clock.ticks[0]))
+    torch.set_num_threads(threads)
     return {method: round(statistics.median(rates), 2) for method, rates in found_rates.items()}
 
 

@@ -41,9 +41,7 @@ def test_the_largest_deltas_minimise_the_objective(seed: int, lam: float) -> Non
     chosen = kept(scores.key_values((keys @ query) ** 2, mass, among, lam), 5)
     assert len(chosen) == 5
     mine = objective(torch.zeros(8).index_fill(0, torch.tensor(chosen), 1))
-    best = min(
-        objective(torch.zeros(8).index_fill(0, torch.tensor(c), 1)) for c in itertools.combinations(range(8), 5)
-    )
+    best = min(objective(torch.zeros(8).index_fill(0, torch.tensor(c), 1)) for c in itertools.combinations(range(8), 5))
     assert mine == pytest.approx(best, rel=1e-4, abs=1e-4)
 
 

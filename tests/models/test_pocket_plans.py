@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vtprune.models.pocket import batch, data, plans, qwen, vocab, worlds
+from vtprune.models.pocket import batch, data, plans, qwen, recall, vocab, worlds
 from vtprune.models.pocket.data import Question
 from vtprune.models.pocket.families import FAMILIES, Family, Geometry, Span
 from vtprune.models.pocket.plans import Plan, Stage
@@ -49,12 +49,14 @@ def built(family: Family, plan: Plan, number: int = 0) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize(("name", "plan"), PLANS)
 def test_every_plan_has_the_shape_that_it_claims(families, name, plan):
-    family, plan = families[name], replace(plan, prompts=10 if plan.world == "mixed" else 2)
+    family, plan = families[name], replace(plan, prompts={"mixed": 10, "recall": 6}.get(plan.world, 2))
     arrays, span, geometry = built(family, plan), family.span(plan.geometry), plan.geometry
+    pictures = plan.prompts * plan.pictures
     if plan.world == "told":
         span = Span((), span.token, 0, ())
+    if plan.world == "recall":
+        span, pictures = plans.glance(family), plans.BANK
     frames = max(1, geometry.frames)
-    pictures = plan.prompts * plan.pictures
     if plan.world == "told":
         assert "what" not in arrays
     else:
@@ -66,8 +68,14 @@ def test_every_plan_has_the_shape_that_it_claims(families, name, plan):
         assert arrays[key].shape == (plan.prompts, length) and arrays[key].dtype == torch.int64
     assert arrays["positions"].shape == ((3,) if family.mrope else ()) + (plan.prompts, length)
     # Placeholders are where pictures go, and nowhere else.
-    assert ((arrays["ids"] == span.token) == arrays["visual"]).all()
-    assert arrays["visual"].sum() == plan.pictures * span.count
+    if plan.world == "recall":
+        glances = arrays["glances"]
+        assert len(glances) == (arrays["ids"] == span.token).sum() == plan.prompts // 3 * plan.pictures * span.count
+        assert glances.min() >= 0 and glances.max() < plans.BANK * family.span(geometry).count
+        assert not arrays["visual"].any()
+    else:
+        assert ((arrays["ids"] == span.token) == arrays["visual"]).all()
+        assert arrays["visual"].sum() == plan.pictures * span.count
     assert arrays["separator"].sum() == plan.pictures * len(span.separators)
     assert not (arrays["separator"] & ~arrays["visual"]).any()
     # Only words are learnt: those of answers, which are themselves.
@@ -178,6 +186,45 @@ def test_labels_count_once_their_class_was_shown(families, name):
     assert (positions[0].diff() >= (-12 if family.mrope else 1)).all()
 
 
+@pytest.mark.parametrize("name", ["pocket-llava", "pocket-qwen2.5-vl"])
+def test_what_counts_can_be_looked_up_further_left(families, name):
+    family, plan = families[name], Plan("recall", 48, Geometry(), 10, 0)
+    arrays = plans.batch(family, plan, 5, 0)
+    ids, counted = arrays["ids"], arrays["labels"] != batch.IGNORE
+    span = plans.glance(family)
+    picture = [*span.before, *[span.token] * 4, *span.after]
+    positions = arrays["positions"]
+    for b in range(48):
+        kind, row, marks = recall.KINDS[b % 6], ids[b].tolist(), counted[b].tolist()
+        assert any(marks)
+        places = positions[..., b, :].reshape(-1, len(row))
+        assert (places == torch.arange(len(row))).all() or (kind.endswith("pictures") and family.mrope)
+        if kind == "copy":  # the copy begins where the first word that counts stands
+            period = marks.index(True)
+            assert recall.PERIODS[0] <= period <= recall.PERIODS[1] and all(marks[period:])
+            assert row[period:] == row[:-period]
+            continue
+        assert row[0] == vocab.BOS and not marks[0]
+        before = picture if kind.endswith("pictures") else []
+        step = 3 if kind == "pairs" else len(before) + 6
+        meaning = {}
+        for start in range(1, len(row) - step + 1, step):
+            assert row[start : start + len(before)] == before
+            turn = row[start + len(before) : start + step]
+            word, label = (turn[0], turn[1]) if kind == "pairs" else (turn[1], turn[4])
+            if kind != "pairs":
+                rest = [vocab.TOKENS[i] for i in turn if i not in (word, label)]
+                assert rest == ["which", "label", "?", "</s>"] or {word, label} & set(vocab.encode("which label ?"))
+            assert marks[start : start + step] == [False] * (step - 2) + [word in meaning] * 2
+            assert meaning.setdefault(word, label) == label
+        assert len(set(meaning.values())) == len(meaning) and 1 < len(meaning) <= recall.CLASSES
+        if kind.startswith("classes"):
+            assert {vocab.TOKENS[label] for label in meaning.values()} <= set(worlds.LABELS)
+    again = plans.batch(family, plan, 5, 0)
+    assert all(torch.equal(again[key], arrays[key]) for key in arrays)
+    assert not torch.equal(plans.batch(family, plan, 6, 0)["ids"], ids)
+
+
 def test_a_mixture_has_every_kind_of_picture(families):
     easy = pytest.importorskip("easy_vqa")
     arrays = plans.batch(families["pocket-llava"], Plan("mixed", 20), 0, 0)
@@ -206,4 +253,4 @@ def test_stages():
             weights = [weight for _, weight in stage.plans]
             assert sum(weights) == pytest.approx(1, abs=0.05) and min(weights) > 0
             assert all(0 <= keep <= 1 for keep in stage.keeps)
-            assert all(plan.text or plan.world in ("icl", "told") for plan, _ in stage.plans)
+            assert all(plan.text or plan.world in ("icl", "told", "recall") for plan, _ in stage.plans)

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from vtprune.models.pocket import data, plans, train, vocab
 from vtprune.models.pocket.batch import IGNORE
 from vtprune.models.pocket.families import FAMILIES, Geometry
-from vtprune.models.pocket.model import LOG_FILE, PIXEL_MEAN, PIXEL_STD, STATE_FILE
+from vtprune.models.pocket.model import ATTENTION, LOG_FILE, PIXEL_MEAN, PIXEL_STD, STATE_FILE
 from vtprune.models.pocket.plans import Plan, Stage
 
 TINY = {"vision_width": 32, "vision_layers": 2, "vision_heads": 2, "width": 32, "layers": 2, "heads": 2, "ffn": 64}
@@ -200,6 +200,30 @@ def test_demonstrations_in_words_need_no_picture(name):
     counted = arrays["labels"][:, 1:] != IGNORE
     assert losses == [] and torch.equal(labels, arrays["labels"][:, 1:][counted])
     torch.testing.assert_close(logits, expected[counted], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_that_look_back_show_rows_of_their_pictures(name):
+    trainer = made(name, Stage("recall", 2, 1e-3, ((Plan("recall", 6, Geometry(), 3, 0), 1.0),), frozen=True))
+    plan = trainer.stage.plans[0][0]
+    arrays = plans.batch(trainer.family, plan, 0, 0)
+    with torch.no_grad():
+        logits, labels, losses = trainer.forward(plan, arrays, 0)
+        pixels, _ = trainer.draw(plan, arrays, 0)
+        seen = trainer.family.look(pixels, plan.geometry, trainer.family.see).visual.flatten(0, 1)
+        rows = trainer.model.get_input_embeddings()(arrays["ids"]).clone()
+        rows[arrays["ids"] == trainer.family.span(plan.geometry).token] = seen[arrays["glances"]]
+        language = trainer.model.model.language_model
+        language.config._attn_implementation = "eager"
+        hidden = language(inputs_embeds=rows, position_ids=arrays["positions"]).last_hidden_state
+        expected = trainer.model.lm_head(hidden)[:, :-1]
+    counted = arrays["labels"][:, 1:] != IGNORE
+    assert losses == [] and torch.equal(labels, arrays["labels"][:, 1:][counted])
+    torch.testing.assert_close(logits, expected[counted], atol=1e-4, rtol=1e-4)
+    language.config._attn_implementation = ATTENTION
+    before = trainer.named["model.language_model.embed_tokens.weight"].detach().clone()
+    trainer.train_step(plan, 1.0, arrays)
+    assert not torch.equal(trainer.named["model.language_model.embed_tokens.weight"], before)
 
 
 def stock_of(trainer: train.Trainer) -> Any:

@@ -61,13 +61,18 @@ class Track:
         new = kind[:, None].expand(-1, self.kind.shape[1], -1)
         return Track(
             torch.cat([self.kind, new.to(torch.int8)], -1),
-            *(torch.cat([x, torch.zeros_like(new, dtype=x.dtype)], -1) for x in (self.mass, self.columns, self.squares)),
+            *(
+                torch.cat([x, torch.zeros_like(new, dtype=x.dtype)], -1)
+                for x in (self.mass, self.columns, self.squares)
+            ),
         )
 
 
-class TrackedLayer(DynamicLayer):  # type: ignore[misc]
+class TrackedLayer(DynamicLayer):
     """Made out of a `DynamicLayer` by `track`."""
 
+    keys: Tensor
+    values: Tensor
     session: Session
     index: int
     track: Track | None
@@ -109,8 +114,8 @@ class TrackedLayer(DynamicLayer):  # type: ignore[misc]
         """
         if self.track is None or self.track.kind.shape[2] != slots:
             raise InputError(
-                "something else shortened the KV cache under vasparse (a KV-cache compressor?), which does not know its "
-                "slots any more; use one of them at a time, or vasparse with keep=1.0 and beta=0"
+                "something else shortened the KV cache under vasparse (a KV-cache compressor?), which does not know "
+                "its slots any more; use one of them at a time, or vasparse with keep=1.0 and beta=0"
             )
         return self.track
 
@@ -160,8 +165,8 @@ def track(cache: Any, session: Session, layers: int) -> None:
         offloaded = " that is offloaded" if getattr(cache, "offloading", False) else ""
         if type(layer) not in (DynamicLayer, TrackedLayer) or offloaded:
             raise InputError(
-                f"vasparse cannot select in a cache of {type(layer).__name__}{offloaded}; use a plain DynamicCache (not a "
-                "static, sliding-window, quantised or offloaded one), or keep=1.0 and beta=0"
+                f"vasparse cannot select in a cache of {type(layer).__name__}{offloaded}; use a plain DynamicCache "
+                "(not a static, sliding-window, quantised or offloaded one), or keep=1.0 and beta=0"
             )
         if filled and getattr(layer, "session", None) is not session:
             raise InputError(

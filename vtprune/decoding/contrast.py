@@ -16,7 +16,7 @@ from .scores import contrast
 CACHED_ROWS = 256
 
 
-class SparseContrast(LogitsProcessor):  # type: ignore[misc]
+class SparseContrast(LogitsProcessor):
     """Contrast the model with its own prior: what it would say next without having looked at anything but one token.
 
     The prior is the head applied to the input embedding of the last token ("early exit at layer 0"), so it depends on

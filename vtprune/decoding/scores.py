@@ -86,9 +86,11 @@ def key_values(squares: Tensor, mass: Tensor, among: Tensor, lam: float) -> Tens
 
 
 def top(value: Tensor, count: Tensor) -> Tensor:
-    """``[..., kv]`` bool: the `count` (``[...]``, broadcast) largest values of each row; ties go to the lowest index."""
+    """``[..., kv]`` bool: the `count` (``[...]``) largest values of each row; ties go to the lowest index."""
     order = value.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(value.shape[-1], device=value.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(value.shape[-1], device=value.device).expand_as(order)
+    )
     return (rank < count[..., None]) & (value > -math.inf)
 
 

@@ -155,8 +155,8 @@ class Session:
         use = kwargs.get("use_cache")
         if not (self.family.lm.config.use_cache if use is None else use):
             raise InputError(
-                "vasparse selects and penalises in the KV cache, but use_cache is False; use the cache, or keep=1.0 and "
-                "beta=0"
+                "vasparse selects and penalises in the KV cache, but use_cache is False; use the cache, or keep=1.0 "
+                "and beta=0"
             )
         kw = dict(kwargs)
         if kw.get("past_key_values") is None:
@@ -165,8 +165,8 @@ class Session:
         mask = mask.get("full_attention") if isinstance(mask, dict) else mask
         if mask is not None and mask.ndim != 2:
             raise InputError(
-                f"vasparse cannot read a {mask.ndim}-D attention mask (static cache, or a custom mask); pass a 2-D mask "
-                "and a dynamic cache"
+                f"vasparse cannot read a {mask.ndim}-D attention mask (static cache, or a custom mask); pass a 2-D "
+                "mask and a dynamic cache"
             )
         track(cache, self, len(self.family.lm.layers))
         given = kw["inputs_embeds"] if kw.get("inputs_embeds") is not None else kw.get("input_ids", *args[:1])
@@ -180,9 +180,7 @@ class Session:
         self.local.queries = out.detach()
 
     @torch.no_grad()
-    def _attended(
-        self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
+    def _attended(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Remember what this layer's attention did with its keys."""
         layer: TrackedLayer = self._cache_of(kwargs).layers[index]
         step, track, keys = self.step, layer.track, layer.seen
@@ -384,7 +382,7 @@ def vasparse(
     model
         A model of a supported family, with or without `vtprune.apply` on it.
     alpha
-        Sparse visual contrastive decoding (eq. 4.3 of the specification, section 4.3 of the paper): the prior that
+        Sparse visual contrastive decoding: the prior that
         ignores the picture is subtracted from the logits, ``(1 + alpha) * full - alpha * prior``. 0 switches it off.
     keep
         Visual-aware token selection: the share of tokens that stay in the KV cache, in (0, 1]. Keys and values of the
@@ -399,8 +397,8 @@ def vasparse(
     every
         Generated tokens between two selections.
     select
-        What is selected among: ``"generated"`` tokens (the paper), the ``"visual"`` ones of the prompt, once, right after
-        the prefill, or ``"both"``. All other text, and the newest token, stay.
+        What is selected among: ``"generated"`` tokens (the paper), the ``"visual"`` ones of the prompt, once, right
+        after the prefill, or ``"both"``. All other text, and the newest token, stay.
     scores
         ``"attention"``: a key's score is its attention weight. ``"logits"``: the raw product of query and key, as the
         paper writes it, which is so large that `lam` has no say.
@@ -432,7 +430,7 @@ def vasparse(
 
     - Heads that share a KV head share a selection: the mean of their squared scores, which minimises the sum of their
       objectives. With one query head per KV head this is the paper's rule.
-    - `every`, the number of clusters (a quarter of what is dropped), and the place of merged tokens are not given there.
+    - `every`, the number of clusters (a quarter of what is dropped), and where merged tokens stand are not given there.
     - ``merge="sum"`` adds up rotated keys, and so scales logits up; the default is the mean.
     - Attention is recomputed from each layer's queries and cached keys, for the newest query while decoding, and over
       the whole prompt once if `beta` (column sums) or `select` needs it. The mask of the contrasted branch has no
@@ -462,7 +460,15 @@ def vasparse(
     else:
         with attached(family) as engine:
             session = Session(
-                family, engine, keep=float(keep), lam=lam, beta=beta, every=every, select=select, scores=scores, merge=merge
+                family,
+                engine,
+                keep=float(keep),
+                lam=lam,
+                beta=beta,
+                every=every,
+                select=select,
+                scores=scores,
+                merge=merge,
             )
             with LOCK:
                 session.attach()

@@ -43,7 +43,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...pruners.scorer import Scorer, soft_topk
 from . import data, plans
-from .families import Family, Llava, llava_weights
+from .families import Family, Llava, folder_weights
 from .model import packed_attention
 from .plans import Plan, Stage
 from .train import Check, Recipe, Trainer, exam_check
@@ -282,7 +282,7 @@ def main() -> None:
     recipe = Recipe(args.seed, warmup=20, decay=0.0, log_every=20, check_questions=args.questions)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = ScorerTrainer(Llava(), recipe, Schedule(args.steps), args.peak, device)
-    trainer.start(trainer.family.start(llava_weights(args.model)))
+    trainer.start(trainer.family.start(folder_weights(args.model)))
     train(trainer, args.prompts, args.out, args.workers, say=lambda line: print(line, flush=True))
 
 
