@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._jit import device_of, jit, multipliable, tl, triton
+from ._jit import device_of, jit, multipliable, on_device, tl, triton
 from .dispatch import resolve
 
 
@@ -185,7 +186,7 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Logits of RC queries (G heads each) to a block of keys of one key head, and what their softmax needs of them."""
     block = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
     if RAGGED:
         query_first = tl.load(query_cu + sample)
@@ -282,7 +283,7 @@ def _average_kernel(  # type: ignore[no-untyped-def]
 
 
 #: Rows of a tile of logits at most, keys of a tile, warps; keys of a block of averages, warps.
-_LOGITS = (64, 128, 4)
+_LOGITS = (64, 256, 4)
 _AVERAGE = (64, 4)
 
 
@@ -306,11 +307,9 @@ def _rows_triton(
         counts, lengths = lens
         samples, rows, keys = len(counts), max(counts, default=0), max(lengths, default=0)
         (heads, dim), kv_heads = query.shape[1:], key.shape[1]
-        host = torch.zeros(3, samples + 1, dtype=torch.int64)
-        for to, values in zip(host, (counts, lengths, [q * k for q, k in zip(*lens, strict=True)]), strict=True):
-            to[1:] = torch.tensor(values, dtype=torch.int64).cumsum(0)
-        total = int(host[2, -1])
-        query_cu, key_cu, base = host.to(device, non_blocking=True)
+        products = [q * k for q, k in zip(*lens, strict=True)]
+        total = sum(products)
+        query_cu, key_cu, base = (on_device((0, *accumulate(x)), device) for x in (counts, lengths, products))
         query_at, key_at = (0, query.stride(1), query.stride(0)), (0, key.stride(1), key.stride(0))
         sizes = (key.shape[0],) if mean else (total,)
     else:
@@ -361,17 +360,16 @@ def _rows_triton(
                 num_warps=average_warps,
             )  # fmt: skip
     if mean and (slots is not None or ragged):
-        return out / _real(slots, lens, key_cu, device)
+        return out / _real(slots, lens, device)
     return out
 
 
-def _real(slots: Tensor | None, lens: Lens | None, key_cu: Tensor, device: torch.device) -> Tensor:
+def _real(slots: Tensor | None, lens: Lens | None, device: torch.device) -> Tensor:
     """Queries that are no padding: of each sample ``[B, 1]``, or of each ragged key's sample."""
     if lens is None:
         assert slots is not None
         return (slots >= 0).sum(1, keepdim=True).clamp(min=1)
-    owner = torch.repeat_interleave(torch.tensor(lens[0], dtype=torch.int64)).to(device, non_blocking=True)
+    owner = on_device(lens[0], device, repeat=True)
     ones = torch.ones(sum(lens[0]), device=device) if slots is None else (slots >= 0).float()
     count = torch.zeros(len(lens[0]), device=device).index_add_(0, owner, ones)
-    lengths = torch.tensor(lens[1], dtype=torch.int64).to(device, non_blocking=True)
-    return torch.repeat_interleave(count, lengths, output_size=sum(lens[1])).clamp(min=1)
+    return torch.repeat_interleave(count, on_device(lens[1], device), output_size=sum(lens[1])).clamp(min=1)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import reference
 
-#: Scores this close (as a part of 10 plus the best) are equal, and the lowest index wins. Two rows that would cover each
-#: other, and nothing else, gain the same; rounding must not choose between them.
+#: Scores this close (as a part of 10 plus the best) are equal, and the lowest index wins. Two rows that would cover
+#: each other, and nothing else, gain the same; rounding must not choose between them.
 TIE = 1e-6
 #: What a broken row scores: less than any other, more than one that is picked.
 BROKEN = -1e9
@@ -43,7 +43,7 @@ def facility(
     Tensor
         ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice; with `gains` fp32 of that shape too.
     """
-    pools = reference._pools(features, lens, counts)
+    pools = reference.pools_of(features, lens, counts)
     if not pools.counts:
         none = features.new_empty(0, dtype=torch.int64)
         return (none, none.float()) if gains else none
@@ -55,14 +55,14 @@ def facility(
             group = [p for p, size in enumerate(pools.lens) if size == n]
             most = max(pools.counts[p] for p in group)
             chosen, gained = _steps(features, bonus, [pools.starts[p] for p in group], n, most)
-            at = reference._ints(group, features.device)
+            at = reference.ints(group, features.device)
             picks[:, :most].index_copy_(0, at, chosen)
             worth[:, :most].index_copy_(0, at, gained)
-    order = reference._flat_rows(picks, pools)
+    order = reference.flat_rows(picks, pools)
     if not gains:
         return order
     lane = torch.arange(worth.shape[1], device=worth.device)
-    return order, worth[lane < reference._ints(pools.counts, worth.device)[:, None]]
+    return order, worth[lane < reference.ints(pools.counts, worth.device)[:, None]]
 
 
 def _steps(features: Tensor, bonus: Tensor, starts: list[int], n: int, most: int) -> tuple[Tensor, Tensor]:

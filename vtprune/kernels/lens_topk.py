@@ -123,7 +123,7 @@ def _check(hidden: Tensor, table: Tensor, inverse: Tensor | None) -> tuple[Tenso
 
 def _inverse_lengths(flat: Tensor) -> Tensor:
     """``[T]`` fp32 1 / norm of the states; NaN for broken ones."""
-    norm = torch.linalg.vector_norm(flat.float(), dim=1)
+    norm = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
     return norm.clamp(min=1e-12).reciprocal().masked_fill_(~norm.isfinite(), torch.nan)
 
 
@@ -204,23 +204,25 @@ def _product(x, table, row, col, rows, cols, width, step_x, step_t, BK, BM, BN, 
 
 
 @jit
-def _insert(scores, ids, best, best_id):  # type: ignore[no-untyped-def]
+def _insert(scores, ids, best, best_id, bound):  # type: ignore[no-untyped-def]
     """Merge ``scores [BM, BN]`` of ascending `ids` into the running lists ``best``, ``best_id [BM, KP]``, unordered.
 
-    What is in the list has lower ids, so only a larger score replaces the least of the list. Most blocks of columns
-    have nothing for any of the rows after one look."""
+    What is in the list has lower ids, so only a larger score replaces the least of the list; scores below ``bound
+    [BM]`` have no place in the end. All rows take their next score at once, as often as any of them has one."""
     top = tl.max(scores, 1)
     least = tl.min(best, 1)
-    while tl.max((top > least).to(tl.int32), 0) > 0:
-        better = top > least
+    better = (top > least) & (top >= bound)
+    while tl.max(better.to(tl.int32), 0) > 0:
         at = tl.min(tl.where(scores == top[:, None], ids[None, :], 2147483647), 1)
+        at = tl.where(better, at, -1)
         victim = tl.max(tl.where(best == least[:, None], best_id, -2147483648), 1)
         out = better[:, None] & (best == least[:, None]) & (best_id == victim[:, None])
         best = tl.where(out, top[:, None], best)
         best_id = tl.where(out, at[:, None], best_id)
-        scores = tl.where(better[:, None] & (ids[None, :] == at[:, None]), float("-inf"), scores)
+        scores = tl.where(ids[None, :] == at[:, None], float("-inf"), scores)
         top = tl.max(scores, 1)
         least = tl.min(best, 1)
+        better = (top > least) & (top >= bound)
     return best, best_id
 
 
@@ -229,6 +231,7 @@ def _topk_kernel(  # type: ignore[no-untyped-def]
     x,
     table,
     inverse,
+    bounds,
     out,
     out_id,
     rows,
@@ -245,9 +248,14 @@ def _topk_kernel(  # type: ignore[no-untyped-def]
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program meets BM states with `span` columns. Neighbours share the columns, which so come from the L2 cache."""
+    """A program meets BM states with `span` columns. Neighbours share the columns, which so come from the L2 cache.
+
+    ``bounds [T]`` is the best k-th score that any program has found so far. Scores below it are not worth a place, and
+    after a few blocks of columns most blocks have none above it. How early a program learns of it is chance; what is
+    above it in the end is not."""
     row = tl.program_id(0) * BM
     part = tl.program_id(1)
+    r = row + tl.arange(0, BM)
     slot = tl.arange(0, KP)
     # Surplus slots hold what nothing replaces; empty ones have distinct ids, so that one at a time is replaced.
     best = tl.zeros([BM, KP], dtype=tl.float32) + tl.where(slot < K, float("-inf"), float("inf"))[None, :]
@@ -258,8 +266,10 @@ def _topk_kernel(  # type: ignore[no-untyped-def]
         ids = col + tl.arange(0, BN)
         scale = tl.load(inverse + ids, mask=ids < high, other=0.0)
         scores = tl.where((scale == 0.0)[None, :], float("-inf"), acc * scale[None, :])
-        best, best_id = _insert(scores, ids, best, best_id)
-    r = row + tl.arange(0, BM)
+        # From L2, where the others write: the L1 cache would keep the first answer.
+        bound = tl.load(bounds + r, mask=r < rows, other=float("inf"), cache_modifier=".cg")
+        best, best_id = _insert(scores, ids, best, best_id, bound)
+        tl.atomic_max(bounds + r, tl.min(best, 1), mask=r < rows, sem="relaxed")
     at = ((part * rows + r) * KP)[:, None] + slot[None, :]
     here = (r < rows)[:, None] & (slot < K)[None, :]
     tl.store(out + at, best, mask=here)
@@ -370,9 +380,10 @@ def _topk_triton(flat: Tensor, table: Tensor, k: int, inverse: Tensor) -> tuple[
     parts, size = max(1, -(-table.shape[0] // span)), triton.next_power_of_2(k)
     part = values.new_empty(parts, rows, size)
     part_id = torch.empty_like(part, dtype=torch.int32)
+    bounds = values.new_full((rows,), -torch.inf)
     with device_of(flat):
         _topk_kernel[(-(-rows // bm), parts)](
-            x, t, inverse, part, part_id, rows, table.shape[0], width, span, flat.stride(0), table.stride(0),
+            x, t, inverse, bounds, part, part_id, rows, table.shape[0], width, span, flat.stride(0), table.stride(0),
             K=k, KP=size, BM=bm, BN=bn, BK=bk, TMA=tma, PRECISION="ieee", num_warps=warps, num_stages=stages,
         )  # fmt: skip
         block = triton.next_power_of_2(parts * size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._jit import device_of, jit, processors, tl, triton
+from ._jit import device_of, jit, on_device, processors, tl, triton
 from .dispatch import resolve
 
 #: Neurons per word of a bitmap; neuron ``32 w + b`` is bit b of word w.
@@ -192,8 +192,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _samples(lens: Sequence[int], device: torch.device) -> Tensor:
     """Sample of each token, ``[T]`` int64, without a wait for the device."""
-    sizes = torch.tensor(lens, dtype=torch.int64)
-    return torch.repeat_interleave(torch.arange(len(lens)), sizes).to(device, non_blocking=True)
+    return on_device(lens, device, repeat=True)
 
 
 def reference_bits(act: Tensor) -> Tensor:
@@ -424,8 +423,7 @@ def _counts_triton(act: Tensor, lens: Sequence[int], rho: float, per_token: bool
             quota = _quota(positives, 0, rho, True)
         else:
             sums = torch.zeros(len(lens), dtype=torch.int64, device=act.device).index_add_(0, sample, positives.long())
-            tokens = torch.tensor(lens, dtype=torch.float64).to(act.device, non_blocking=True)
-            quota = (sums.double() * rho / tokens + 1e-6).floor().long()[sample]
+            quota = (sums.double() * rho / on_device(lens, act.device) + 1e-6).floor().long()[sample]
             # No token has more than it has.
             quota = torch.minimum(quota, positives)
         bits = {torch.bfloat16: 15, torch.float16: 18}.get(act.dtype, 31)
@@ -437,8 +435,8 @@ def _counts_triton(act: Tensor, lens: Sequence[int], rho: float, per_token: bool
 
 
 #: Neurons and numbers per program of the two products, warps of each.
-_GATED = (4, 512, 4)
-_DOWN = (16, 256, 4)
+_GATED = (1, 4096, 4)
+_DOWN = (64, 64, 4)
 
 
 def _ffn_triton(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, ids: Tensor, act: str) -> Tensor:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._jit import device_of, jit, tl, triton
+from ._jit import device_of, jit, on_device, tl, triton
 from .dispatch import resolve
 
 #: Tensors of features that one launch can take; more take more launches.
@@ -65,7 +66,7 @@ def pack(
             f"{len(lens)} samples keep {sum(lens)} rows in {width} slots, but there are {batch} samples and "
             f"{rows.shape[0]} rows; give the number of kept rows of each sample, none above the width"
         )
-    ends = torch.tensor(lens, dtype=torch.int64).cumsum(0).to(hidden.device, non_blocking=True)
+    ends = on_device(tuple(accumulate(lens)), hidden.device)
     if resolve(backend, hidden) == "triton":
         return _pack_triton(rows, ends, hidden, positions, features, batch, width)
     return reference_pack(rows, ends, hidden, positions, features, width)
@@ -188,7 +189,7 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
 
 
 #: Numbers per program, and warps.
-_BLOCK = (4096, 4)
+_BLOCK = (2048, 4)
 
 
 def _pack_triton(

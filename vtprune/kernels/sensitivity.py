@@ -17,7 +17,9 @@ central difference follows::
 
     [act(a + s t) - act(a - s t)] / 2 = t (alpha + beta t^2),   s = h * max_j |c_j|,   -1 <= t = h c_j / s <= 1
 
-exact at t = 1/2 and t = 1, and elsewhere up to ``s^4 act'''''(a) / 500``: 1e-10 at a step of 0.01.
+exact at t = 1/2 and t = 1, and elsewhere up to ``s^4 act'''''(a) / 500``. Where no s is above `STRAIGHT`, beta is less
+than a tenth of what rounding to half precision does to alpha: then alpha is act', beta is nothing, and the tile is one
+multiplication. The device decides, and the host need not know: both forms are launched, and one of them has no work.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ._jit import describable, descriptor, device_of, jit, multipliable, tl, triton
+from ._jit import describable, descriptor, device_of, jit, multipliable, precise, tl, triton
 from .dispatch import resolve
 
 Activation = Callable[[Tensor], Tensor]
 
 #: Values that one block of directions may take in the PyTorch form.
 BLOCK = 1 << 24
+#: Longest step in front of the activation up to which its derivative is its difference, in half precision.
+STRAIGHT = 1 / 32
 
 
 class Layers(NamedTuple):
@@ -204,130 +208,90 @@ def _derivative(x, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _rate_kernel(  # type: ignore[no-untyped-def]
-    at, bias, reach, alpha, beta, width, ACT: tl.constexpr, BIAS: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """``at [T, D_h]`` (without its bias) to what a step does there: act' (FORM 0), times reach (1), or the parabola
-    (2), whose `reach` is the longest step s."""
+    at, bias, longest, bent, alpha, beta, tokens, width, pitch, h,
+    ACT: tl.constexpr, BIAS: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``at [T, D_h]`` (without its bias) to what a step does there, per unit: act' (FORM 0), times `longest` (1), or
+    where `bent` the parabola (2). Rows and columns beyond ``[T, D_h]`` become zeros."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here = lane < width
+    here = (lane < width) & (row < tokens)
     a = tl.load(at + row * width + lane, mask=here, other=0.0).to(tl.float32)
     if BIAS:
         a += tl.load(bias + lane, mask=here, other=0.0).to(tl.float32)
+    one = _derivative(a, ACT)
+    if FORM > 0:
+        most = tl.load(longest + lane, mask=here, other=0.0)
+        one *= most
     if FORM == 2:
-        s = tl.load(reach + lane, mask=here, other=0.0)
-        far = 0.5 * (_value(a + s, ACT) - _value(a - s, ACT))
-        near = _value(a + 0.5 * s, ACT) - _value(a - 0.5 * s, ACT)
-        tl.store(alpha + row * width + lane, (4.0 * near - far) / 3.0, mask=here)
-        tl.store(beta + row * width + lane, (far - near) * 4.0 / 3.0, mask=here)
-    else:
-        rate = _derivative(a, ACT)
-        if FORM == 1:
-            rate *= tl.load(reach + lane, mask=here, other=0.0)
-        tl.store(alpha + row * width + lane, rate, mask=here)
+        three = tl.zeros([BLOCK], dtype=tl.float32)
+        if tl.load(bent) != 0:
+            s = most * h
+            far = 0.5 * (_value(a + s, ACT) - _value(a - s, ACT))
+            near = _value(a + 0.5 * s, ACT) - _value(a - 0.5 * s, ACT)
+            one = (4.0 * near - far) / (3.0 * h)
+            three = (far - near) * 4.0 / (3.0 * h)
+        tl.store(beta + row * pitch + lane, tl.where(here, three, 0.0), mask=lane < pitch)
+    tl.store(alpha + row * pitch + lane, tl.where(here, one, 0.0), mask=lane < pitch)
 
 
 @jit
 def _change_kernel(  # type: ignore[no-untyped-def]
-    alpha,
-    beta,
-    step,
-    outer,
-    out,
-    tokens,
-    m,
-    width,
-    rows,
-    span,
-    stride,
-    TT: tl.constexpr,
-    MB: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    CUBIC: tl.constexpr,
-    FORM: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Squared lengths ``out [parts, T, m]`` of TT tokens times MB directions, over `span` rows of `outer`."""
+    alpha, beta, step, outer, bent, out, tokens, m, width, rows, span,
+    TT: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    CUBIC: tl.constexpr, EITHER: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Squared lengths ``out [parts, T, m]`` of TT tokens times MB directions, over `span` rows of `outer`.
+
+    `alpha`, `beta` and `step` have zeros where they exceed tokens, directions and width; `width` is a multiple of BK.
+    EITHER: of the launches with and without CUBIC, the one that `bent` names has work."""
     blocks = tl.cdiv(m, MB)
     token = tl.program_id(0) // blocks * TT
     first = tl.program_id(0) % blocks * MB
     part = tl.program_id(1)
     BM: tl.constexpr = TT * MB
     r = tl.arange(0, BM)
-    direction = first + r % MB
-    mine = token + r // MB
-    total = tl.zeros([BM], dtype=tl.float32)
     k = tl.arange(0, BK)
-    some = token + tl.arange(0, TT)
-    j = first + tl.arange(0, MB)
-    high = tl.minimum(rows, (part + 1) * span)
-    for row in range(part * span, high, BN):
+    own = (token + tl.arange(0, TT)).to(tl.int64)[:, None] * width + k[None, :]
+    direction = first + tl.arange(0, MB)
+    low = part * span
+    high = tl.minimum(rows, low + span)
+    mine = token + r // MB
+    here = (mine < tokens) & (first + r % MB < m)
+    if EITHER:
+        work = (tl.load(bent) != 0) if CUBIC else (tl.load(bent) == 0)
+        high = tl.where(work, high, low)
+        here = here & work
+    total = tl.zeros([BM], dtype=tl.float32)
+    for row in range(low, high, BN):
         acc = tl.zeros([BM, BN], dtype=tl.float32)
         n = row + tl.arange(0, BN)
         for start in range(0, width, BK):
-            at = start + k
-            inside = at < width
-            if FORM == 0:  # each row of the tile loads its own
-                t = tl.load(
-                    step + direction[:, None] * width + at[None, :],
-                    mask=(direction < m)[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                own = mine.to(tl.int64)[:, None] * width + at[None, :]
-                valid = (mine < tokens)[:, None] & inside[None, :]
-                x = tl.load(alpha + own, mask=valid, other=0.0).to(tl.float32)
-                u = t.to(tl.float32)
-                if CUBIC:
-                    x += tl.load(beta + own, mask=valid, other=0.0).to(tl.float32) * u * u
-                left = (x * u).to(t.dtype)
-            elif FORM == 1:  # two tokens: their rates are loaded once
-                t = tl.load(
-                    step + direction[:, None] * width + at[None, :],
-                    mask=(direction < m)[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                u = t.to(tl.float32)
-                base = token.to(tl.int64) * width
-                x0 = tl.load(alpha + base + at, mask=inside, other=0.0).to(tl.float32)
-                x1 = tl.load(alpha + base + width + at, mask=inside & (token + 1 < tokens), other=0.0).to(tl.float32)
-                x = tl.where((r < MB)[:, None], x0[None, :], x1[None, :])
-                if CUBIC:
-                    y0 = tl.load(beta + base + at, mask=inside, other=0.0).to(tl.float32)
-                    y1 = tl.load(beta + base + width + at, mask=inside & (token + 1 < tokens), other=0.0).to(tl.float32)
-                    x += tl.where((r < MB)[:, None], y0[None, :], y1[None, :]) * u * u
-                left = (x * u).to(t.dtype)
-            else:  # tokens times directions
-                t = tl.load(step + j[:, None] * width + at[None, :], mask=(j < m)[:, None] & inside[None, :], other=0.0)
-                u = t.to(tl.float32)[None, :, :]
-                own = some.to(tl.int64)[:, None] * width + at[None, :]
-                valid = (some < tokens)[:, None] & inside[None, :]
-                x = tl.load(alpha + own, mask=valid, other=0.0).to(tl.float32)[:, None, :]
-                if CUBIC:
-                    y = tl.load(beta + own, mask=valid, other=0.0).to(tl.float32)[:, None, :]
-                    left = (u * (x + y * (u * u))).to(t.dtype)
-                else:
-                    left = (u * x).to(t.dtype)
-                left = tl.reshape(left, [BM, BK])
             if TMA:
+                t = step.load([first, start])
                 right = outer.load([row, start])
             else:
-                right = tl.load(
-                    outer + n.to(tl.int64)[:, None] * stride + at[None, :],
-                    mask=(n < high)[:, None] & inside[None, :],
-                    other=0.0,
-                )
-            acc = tl.dot(left, right.T, acc)
+                t = tl.load(step + direction[:, None] * width + start + k[None, :])
+                other = n.to(tl.int64)[:, None] * width + start + k[None, :]
+                right = tl.load(outer + other, mask=(n < high)[:, None], other=0.0)
+            # Tokens times directions, in half precision: twice the rate of fp32, and no other accuracy.
+            u = t[None, :, :]
+            x = tl.load(alpha + own + start)[:, None, :]
+            if CUBIC:
+                x = x + tl.load(beta + own + start)[:, None, :] * (u * u)
+            acc = tl.dot(tl.reshape(u * x, [BM, BK]), right.T, acc)
         total += tl.sum(acc * acc, 1)
-    where = (part * tokens + mine).to(tl.int64) * m + direction
-    tl.store(out + where, total, mask=(mine < tokens) & (direction < m))
+    where = (part * tokens + mine).to(tl.int64) * m + first + r % MB
+    tl.store(out + where, total, mask=here)
 
 
 @jit
 def _frobenius_kernel(  # type: ignore[no-untyped-def]
-    rate, rate_tile, gram, out, tokens, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr
-):
-    """``sum_k (rate G)_k rate_k`` over BN columns, ``out [parts, T]``; `rate_tile` is `rate` in tiles ``[BM, BN]``."""
+    rate, rate_tile, gram, out, tokens, width, factor,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """``factor sum_k (rate G)_k rate_k`` over BN columns, ``out [parts, T]``; `rate_tile` is `rate` in tiles
+    ``[BM, BN]``."""
     row = tl.program_id(0) * BM
     part = tl.program_id(1)
     col = part * BN
@@ -352,7 +316,7 @@ def _frobenius_kernel(  # type: ignore[no-untyped-def]
     else:
         own = r.to(tl.int64)[:, None] * width + n[None, :]
         mine = tl.load(rate_tile + own, mask=(r < tokens)[:, None] & (n < width)[None, :], other=0.0)
-    tl.store(out + part * tokens + r, tl.sum(acc * mine.to(tl.float32), 1), mask=r < tokens)
+    tl.store(out + part * tokens + r, tl.sum(acc * mine.to(tl.float32), 1) * factor, mask=r < tokens)
 
 
 def _affine(rows: Tensor, weight: Tensor) -> Tensor:
@@ -365,76 +329,89 @@ def _affine(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.float() @ weight.float().T
 
 
-def _rates(rows: Tensor, layers: Layers, reach: Tensor | None, form: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What `_rate_kernel` makes, in `dtype`; alpha twice where there is no beta."""
+def _rates(
+    rows: Tensor, layers: Layers, dtype: torch.dtype, shape: tuple[int, int], longest: Tensor | None, h: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_rate_kernel` makes, ``alpha, beta [shape]`` and whether it bent, ``[1]``; alpha twice if there is no step.
+
+    `longest` is given for changes, and not for the derivative alone."""
     inner, bias, act, _ = layers
     at = _affine(rows, inner)
-    alpha = torch.empty_like(at, dtype=dtype)
-    beta = torch.empty_like(alpha) if form == 2 else alpha
+    tokens, width = at.shape
+    alpha = torch.empty(shape, dtype=dtype, device=at.device)
+    if longest is None or not h:
+        beta, bent = alpha, alpha
+    else:
+        beta, bent = torch.empty_like(alpha), (longest.amax(0, keepdim=True) * h > STRAIGHT).to(torch.int32)
     kind = activation(act)
     if kind is not None:
-        block = min(1024, triton.next_power_of_2(at.shape[1]))
-        _rate_kernel[(at.shape[0], -(-at.shape[1] // block))](
-            at, at if bias is None else bias, at if reach is None else reach, alpha, beta, at.shape[1],
-            ACT=kind, BIAS=bias is not None, FORM=form, BLOCK=block, num_warps=4,
+        block = min(1024, triton.next_power_of_2(shape[1]))
+        _rate_kernel[(shape[0], -(-shape[1] // block))](
+            at, at if bias is None else bias, at if longest is None else longest, bent, alpha, beta, tokens, width,
+            shape[1], h, ACT=kind, BIAS=bias is not None, FORM=0 if longest is None else 2 if h else 1, BLOCK=block,
+            num_warps=4,
         )  # fmt: skip
-        return alpha, beta
+        return alpha, beta, bent
     at = at if bias is None else at + bias.float()
-    if form < 2:
-        rate = slope(act, at)
-        alpha.copy_(rate if reach is None else rate * reach)
-        return alpha, alpha
-    assert reach is not None
-    far, near = (act(at + reach) - act(at - reach)) / 2, act(at + reach / 2) - act(at - reach / 2)
-    alpha.copy_((4 * near - far) / 3)
-    beta.copy_((far - near) * (4 / 3))
-    return alpha, beta
+    rate = slope(act, at)
+    one, three = rate if longest is None else rate * longest, torch.zeros_like(rate)
+    if longest is not None and h:
+        s = longest * h
+        far, near = (act(at + s) - act(at - s)) / 2, act(at + s / 2) - act(at - s / 2)
+        one = torch.where(bent > 0, (4 * near - far) / (3 * h), one)
+        beta.zero_()[:tokens, :width] = torch.where(bent > 0, (far - near) * (4 / 3 / h), three)
+    alpha.zero_()[:tokens, :width] = one
+    return alpha, beta, bent
 
 
-#: Rows of `outer` per tile, step along the width, warps, stages, form, rows per tile.
-_CHANGE = (128, 64, 8, 3, 2, 128)
-_FROBENIUS = (128, 128, 64, 8, 3)
+#: Tokens times directions per tile, most directions of them, rows of `outer`, step along the width, warps; stages
+#: without and with the parabola; parts that the rows of `outer` are dealt out to.
+_CHANGE = (128, 64, 256, 64, 8)
+_STAGES = (4, 3)
+_PARTS = 4
+_FROBENIUS = (128, 256, 64, 8, 3)
 
 
 def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float) -> Tensor:
     outer = layers.outer
     dtype = outer.dtype if outer.dtype == torch.float16 else torch.bfloat16
-    outer = multipliable(outer.to(dtype).contiguous())
     tokens, m, width = rows.shape[0], len(directions), outer.shape[1]
     if not tokens:
         return torch.zeros(0, dtype=torch.float32, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False), device_of(rows):
+    bm, most, bn, bk, warps = _CHANGE
+    pitch = -(-width // bk) * bk
+    outer = nn.functional.pad(multipliable(outer.to(dtype)), (0, pitch - width)).contiguous()
+    with precise(rows), device_of(rows):
         step = directions.float() @ layers.inner.float().T
         longest = step.abs().amax(0)
-        reach = longest * h if h else longest
-        alpha, beta = _rates(rows, layers, reach, 2 if h else 1, outer.dtype)
-        step = (step / longest.clamp(min=1e-30)).to(outer.dtype)
-        bn, bk, warps, stages, form, bm = _CHANGE
-        mb = max(16, min(bm, triton.next_power_of_2(m)))
-        tt = bm // mb
-        tma = describable(outer)
-        tiles = -(-tokens // tt) * -(-m // mb)
-        parts = min(4, -(-outer.shape[0] // bn))
-        span = -(-outer.shape[0] // (bn * parts)) * bn
+        mb = max(16, min(most, triton.next_power_of_2(m)))
+        tt, blocks = bm // mb, -(-m // mb)
+        tiles = -(-tokens // tt)
+        alpha, beta, bent = _rates(rows, layers, outer.dtype, (tiles * tt, pitch), longest, h)
+        step = step.div_(longest.clamp(min=1e-30)).to(outer.dtype)
+        step = nn.functional.pad(step, (0, pitch - width, 0, blocks * mb - m))
+        # As many parts for few tokens as for many, so that a token's sum is always the same.
+        span = -(-outer.shape[0] // (bn * _PARTS)) * bn
         parts = -(-outer.shape[0] // span)
         out = torch.empty(parts, tokens, m, dtype=torch.float32, device=rows.device)
-        _change_kernel[(tiles, parts)](
-            alpha, beta, step, descriptor(outer, [bn, bk]) if tma else outer, out, tokens, m, width, outer.shape[0],
-            span, outer.stride(0), TT=tt, MB=mb, BN=bn, BK=bk, CUBIC=bool(h), FORM=form, TMA=tma, num_warps=warps,
-            num_stages=stages,
-        )  # fmt: skip
-        return out.sum(0).sqrt_().mean(1) / (h or 1.0)
+        tma = describable(outer, step)
+        left, right = (descriptor(step, [mb, bk]), descriptor(outer, [bn, bk])) if tma else (step, outer)
+        for cubic in (False, True) if h else (False,):
+            _change_kernel[(tiles * blocks, parts)](
+                alpha, beta, left, right, bent, out, tokens, m, pitch, outer.shape[0], span, TT=tt, MB=mb, BN=bn,
+                BK=bk, CUBIC=cubic, EITHER=h > 0, TMA=tma, num_warps=warps, num_stages=_STAGES[cubic],
+            )  # fmt: skip
+        return out.sum(0).sqrt_().mean(1)
 
 
 def _frobenius_triton(rows: Tensor, layers: Layers, gram: Tensor) -> Tensor:
-    tokens = rows.shape[0]
+    tokens, width = rows.shape[0], gram.shape[0]
     if not tokens:
         return torch.zeros(0, dtype=torch.float32, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False), device_of(rows):
-        rate, _ = _rates(rows, layers, None, 0, torch.bfloat16)
-        rate, gram = multipliable(rate), multipliable(gram.to(torch.bfloat16).contiguous())
+    with precise(rows), device_of(rows):
+        rate = multipliable(_rates(rows, layers, torch.bfloat16, (tokens, width), None, 0.0)[0])
+        gram = multipliable(gram.to(torch.bfloat16).contiguous())
         bm, bn, bk, warps, stages = _FROBENIUS
-        width = gram.shape[0]
         parts = -(-width // bn)
         tma = describable(rate, gram)
         out = torch.empty(parts, tokens, dtype=torch.float32, device=rows.device)
@@ -442,6 +419,7 @@ def _frobenius_triton(rows: Tensor, layers: Layers, gram: Tensor) -> Tensor:
         if tma:
             left, tile, right = descriptor(rate, [bm, bk]), descriptor(rate, [bm, bn]), descriptor(gram, [bn, bk])
         _frobenius_kernel[(-(-tokens // bm), parts)](
-            left, tile, right, out, tokens, width, BM=bm, BN=bn, BK=bk, TMA=tma, num_warps=warps, num_stages=stages
-        )
-        return out.sum(0).clamp_(min=0).div_(rows.shape[1]).sqrt_()
+            left, tile, right, out, tokens, width, 1.0 / rows.shape[1], BM=bm, BN=bn, BK=bk, TMA=tma, num_warps=warps,
+            num_stages=stages,
+        )  # fmt: skip
+        return out.sum(0).clamp_(min=0).sqrt_()

@@ -124,10 +124,10 @@ def elbow(scores: Tensor, lens: tuple[int, ...], strict: bool = False) -> Tensor
     lens
         Scores per pool.
     """
-    pools = reference._pools(scores, lens, lens)
+    pools = reference.pools_of(scores, lens, lens)
     if not pools.counts:
         return torch.ones_like(scores, dtype=torch.bool)
-    ranked = reference._padded(scores, pools, -1.0).sort(dim=1, descending=True, stable=True).values.long()
+    ranked = reference.pad(scores, pools, -1.0).sort(dim=1, descending=True, stable=True).values.long()
     step = torch.arange(ranked.shape[1], device=scores.device)
     last = pools.size[:, None] - 1
     first, least = ranked[:, :1], ranked.gather(1, last)

@@ -107,7 +107,7 @@ class SparseVLMPruner(Pruner):
     def _recycled(
         self, tokens: VisualTokens, scores: Tensor, lens: tuple[int, ...], counts: tuple[int, ...]
     ) -> Selection:
-        pools = reference._pools(tokens.features, lens, counts)
+        pools = reference.pools_of(tokens.features, lens, counts)
         if not pools.counts:
             return common.unordered(tokens.source.new_empty(0), tokens)
         order = reference.topk(scores, lens, lens)  # every row of every pool, best first
