@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark script runs from end to end at tiny shapes, and its rows are consistent with each other."""
+"""The benchmark scripts run from end to end at tiny shapes, and their rows are consistent with each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels, prefill
+from benchmarks import accuracy, corematching, icl, kernels, prefill
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,43 @@ def test_a_line_that_fails_costs_only_itself(
     assert "no-such-method" in capsys.readouterr().err
     with out.open(encoding="utf-8") as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["dense", "ideal", "norm"]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_shots_and_methods_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(accuracy.RUNS, "cpu", (1, 0))
+    out = tmp_path / "icl.csv"
+    assert icl.main(["--smoke", "--out", str(out), "--commit", "abc"]) == 0
+    lines = table(out)
+    assert [(r["shots"], r["method"]) for r in lines] == [(s, m) for s in "02" for m in ("dense", *icl.METHODS)]
+    for row in lines:
+        before, after = float(row["tokens_in"]), float(row["tokens_out"])
+        assert after == before // 3 if row["method"] != "dense" else after == before
+        dense = next(r for r in lines if r["method"] == "dense" and r["shots"] == row["shots"])
+        assert float(row["kv_kib"]) <= float(dense["kv_kib"]) and float(row["prefill_ms"]) > 0
+        assert float(row["to_dense"]) == pytest.approx(float(row["accuracy"]) - float(dense["accuracy"]), abs=1e-4)
+    few, many = (float(next(r for r in lines if r["shots"] == s)["tokens_in"]) for s in "02")
+    assert many == 3 * few, "two demonstrations and the query"
+
+
+def test_corematching_writes_its_three_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(accuracy.RUNS, "cpu", (1, 0))
+    assert corematching.main(["--smoke", "--out-dir", str(tmp_path), "--commit", "abc"]) == 0
+    premise, answers, decode = (
+        table(tmp_path / f"corematching-{name}-cpu.csv") for name in ("premise", "answers", "decode")
+    )
+    for row in premise:
+        assert float(row["same_core_all"]) == 1.0 and 0 < float(row["active_in_core_core"]) <= 1
+        if row["layer"] == row["matching_layer"]:
+            assert float(row["matches_core"]) >= float(row["matches_all"])
+    assert [row["variant"] for row in answers][:2] == ["dense", "tokens"]
+    assert all(0 < float(row["decode_flops"]) <= 1 and 0 < float(row["prefill_flops"]) <= 1 for row in answers)
+    assert all(float(row["largest_error"]) < 1e-5 for row in decode if row["largest_error"])
+    assert {row["unit"] for row in decode} == {"us", "ms", "tokens/s"}
 
 
 def test_kernels_are_timed_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,11 +169,32 @@ def test_a_method_that_finds_its_own_count_may_leave_less_than_the_budget() -> N
     assert compose(["norm", "test-adaptive"], (), {}).select(tokens, Budget(1.0)).index.tolist() == positive.tolist()
 
 
+def test_each_keeps_its_own_share_before_a_method_that_counts_in_another_way() -> None:
+    """Of 100 tokens divprune leaves 80, and catp, down to 40 in the end, 70 of those at the projector."""
+    tokens = make_tokens([[[(10, 10)]]])
+    pair = compose(["divprune", "catp"], (0.8, 0.5), {})
+    seen: list[int] = []
+    original = type(pair.members[1]).select
+
+    def select(self: Pruner, left: VisualTokens, *rest: Any) -> Selection:
+        seen.append(len(left.source))
+        return original(self, left, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pair.members[1]), "select", select)
+        chosen = pair.select(tokens, pair.stage_budget(Budget(0.4), PROJECTOR))
+    assert seen == [80] and len(chosen) == 70
+
+
 @pytest.mark.usefixtures("methods")
-def test_methods_at_different_places_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'norm' at projector; 'test-deep' at layer 1"):
-        PruneConfig(["norm", "test-deep"])
+def test_places_follow_one_another() -> None:
     assert PruneConfig(["test-deep", "test-deep"]).pruner().stages() == (Stage(layer=1),)
+    assert PruneConfig(["norm", "test-deep"]).pruner().stages() == (PROJECTOR, Stage(layer=1))
+    assert PruneConfig(["norm", "sparsevlm"]).pruner().stages() == (PROJECTOR, Stage(1), Stage(5), Stage(14))
+    with pytest.raises(ConfigError, match="'test-deep' at layer 1; 'norm' at projector"):
+        PruneConfig(["test-deep", "norm"])
+    with pytest.raises(ConfigError, match="cannot begin before the one before it is done"):
+        PruneConfig(["pyramiddrop", "fastv"])
 
 
 @pytest.mark.parametrize(

@@ -130,18 +130,20 @@ def test_a_method_of_another_package_that_forgets_one_is_named_in_the_warning(mo
 
 
 def test_what_the_built_in_methods_declare() -> None:
-    """So that a change is meant: who rests on what, and that none finds its own count."""
+    """So that a change is meant: who rests on what, and that only one finds its own count."""
     table = methods()
-    assert {name for name, cls in table.items() if cls.query_aware} == {"cdpruner"}
-    assert all(cls.training_free and not cls.adaptive and cls.modality == ("image", "video") for cls in table.values())
+    asking = {"catp", "cdpruner", "corematching", "fastv", "pyramiddrop", "sparsevlm"}
+    assert {name for name, cls in table.items() if cls.query_aware} == asking
+    assert all(cls.training_free and cls.modality == ("image", "video") for cls in table.values())
+    assert {name for name, cls in table.items() if cls.adaptive} == {"corematching"}
     found = {word: {n for n, cls in table.items() if word in cls.mechanism} for word in registry.DECLARED["mechanism"]}
     assert found == {
-        "transformation": {"pool", "prumerge+", "tome", "visionzip"},
-        "similarity": {"cdpruner", "dart", "divprune", "idpruner", "scope", "tome", "vispruner", "zoo"},
+        "transformation": {"pool", "prumerge+", "sparsevlm", "tome", "visionzip"},
+        "similarity": {"catp", "cdpruner", "dart", "divprune", "idpruner", "scope", "tome", "vispruner", "zoo"},
         "attention": {"globalcom2", "hiprune", "idpruner", "prumerge+", "scope", "visionzip", "vispruner"},
-        "query": {"cdpruner"},
+        "query": asking,
     }
-    assert {n for n, cls in table.items() if not cls.mechanism} == {"grid", "norm", "random", "worst"}
+    assert {n for n, cls in table.items() if not cls.mechanism} == {"grid", "norm", "random", "visual-exit", "worst"}
 
 
 def test_a_pruner_must_override_something() -> None:
@@ -189,7 +191,7 @@ def test_an_unknown_method_suggests_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(name, {})
     message = str(caught.value)
-    assert message.startswith(f"unknown method {name!r}") and hint in message and "known methods: cdpruner, " in message
+    assert message.startswith(f"unknown method {name!r}") and hint in message and "known methods: catp, " in message
     assert ("did you mean" in message) == bool(hint)
 
 

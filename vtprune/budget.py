@@ -237,6 +237,22 @@ class Budget:
         return Pools(tokens.seqlens, tuple(shares))
 
 
+@dataclass(frozen=True)
+class SteppedBudget(Budget):
+    """A step on the way down to `keep`: of N tokens, K of which stay in the end, ``floor(N (K / N) ** power)`` stay."""
+
+    power: float = 1.0
+
+    def image_count(self, n: int) -> int:
+        last = super().image_count(n)
+        return max(last, math.floor(n * (last / n) ** self.power + 1e-6)) if n else 0
+
+    @classmethod
+    def towards(cls, budget: Budget, power: float) -> SteppedBudget:
+        """A step towards `budget`."""
+        return cls(budget.keep, budget.scope, budget.allocation, power)
+
+
 _NONE = Pools((), ())
 
 

@@ -7,13 +7,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .budget import Budget, FixedBudget, Pools, check_keep
+from .budget import Budget, FixedBudget, Pools, SteppedBudget, check_keep
 from .errors import ConfigError
 from .registry import Pruner, build, methods, nearest
 from .tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
@@ -21,11 +21,11 @@ from .tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
 
 @dataclass
 class Composed(Pruner):
-    """Methods that act at the same place, in this order. The last one meets the budget.
+    """Methods in this order, at one place or further and further into the model. The last one meets the budget.
 
-    Counts are worked out before the first method runs, from the tokens that all of them start with, so that every pool
-    of the budget (image, view, frame) is met exactly whatever lies between. A method before the last never keeps fewer
-    than the next one will. Between two methods lies one wait for the device.
+    Counts are worked out before the first method of a place runs, from the tokens that all of them start with, so that
+    every pool of the budget (image, view, frame) is met exactly whatever lies between. A method before the last never
+    keeps fewer than the next one will. Between two methods at one place lies one wait for the device.
 
     Parameters
     ----------
@@ -41,10 +41,11 @@ class Composed(Pruner):
     at: tuple[Stage, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if any(m.stages() != self.members[0].stages() for m in self.members) or len(self.members[0].stages()) != 1:
+        layers = [[-1 if s.layer is None else s.layer for s in m.stages()] for m in self.members]
+        if any(max(one) > min(other) for one, other in pairwise(layers)):
             where = "; ".join(f"{m.name!r} at {', '.join(s.name for s in m.stages())}" for m in self.members)
-            raise ConfigError(f"methods run after one another only at one and the same place ({where}); choose others")
-        self.at = self.members[0].stages()
+            raise ConfigError(f"a method cannot begin before the one before it is done ({where}); choose another order")
+        self.at = tuple(Stage(None if at < 0 else at) for at in sorted({at for own in layers for at in own}))
         # What a class says about itself, each instance says here.
         self.__dict__.update(
             name="+".join(m.name for m in self.members),
@@ -72,37 +73,67 @@ class Composed(Pruner):
         for member in self.members:
             member.check_model(width, projector)
 
+    def fit(self, depth: int) -> Composed:
+        return replace(self, members=tuple(m.fit(depth) for m in self.members))
+
+    @property
+    def prune_early_kv(self) -> bool:  # type: ignore[override]
+        return any(m.prune_early_kv for m in self.members)
+
+    def _here(self, stage: Stage) -> list[tuple[int, Stage]]:
+        """Which members act at a place, and their own stage there."""
+        own = [(i, next((s for s in m.stages() if s.layer == stage.layer), None)) for i, m in enumerate(self.members)]
+        return [(i, s) for i, s in own if s is not None]
+
+    def _budget(self, budget: Budget, member: int, stage: Stage) -> Budget:
+        """What this member may leave at one of its stages, given the budget of the call."""
+        if member + 1 < len(self.members):
+            if self.keeps:
+                budget = replace(budget, keep=float(math.prod(self.keeps[: member + 1])))
+            else:
+                budget = SteppedBudget.towards(budget, (member + 1) / len(self.members))
+        return self.members[member].stage_budget(budget, stage)
+
+    def stage_budget(self, budget: Budget, stage: Stage) -> Budget:
+        return self._budget(budget, *self._here(stage)[-1])
+
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
-        lens, steps = self._counts(tokens, budget)
+        here = self._here(stage)
+        lens, steps = self._counts(tokens, budget, here)
         left, starts = tokens, lens
         index, info = torch.arange(len(tokens.source), device=tokens.device), {}
         order = features = None
-        for i, (member, counts) in enumerate(zip(self.members, steps, strict=True)):
+        for i, ((place, own), counts) in enumerate(zip(here, steps, strict=True)):
+            member = self.members[place]
             counts = tuple(map(min, counts, lens))  # an adaptive method may have left fewer
             fixed = FixedBudget(budget.keep, budget.scope, budget.allocation, Pools(lens, counts))
-            chosen = member.select(left, fixed, stage)
+            chosen = member.select(left, fixed, own)
             info.update({f"{member.name}.{key}": value for key, value in chosen.info.items()})
             order = None if chosen.order is None else index[chosen.order]
             index = index[chosen.index]
             if chosen.features is not None or features is not None:
                 features = left.features[chosen.index] if chosen.features is None else chosen.features
-            if i + 1 < len(self.members):
+            if i + 1 < len(here):
                 left = left.subset(chosen.index, chosen.cu_seqlens)
                 left = left if features is None else replace(left, features=features.to(tokens.features.dtype))
                 lens = _found(index, starts) if member.adaptive else counts
         return Selection(index, torch.searchsorted(index, tokens.cu_seqlens), order, features, info)
 
-    def _counts(self, tokens: VisualTokens, budget: Budget) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-        """Rows of each pool, and how many of them each member leaves."""
+    def _counts(
+        self, tokens: VisualTokens, budget: Budget, here: list[tuple[int, Stage]]
+    ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Rows of each pool at a place, and how many of them each member there leaves; `budget` is the last one's."""
         lens, last = budget.pools(tokens)
         steps = [last]
-        for i in range(len(self.members) - 1, 0, -1):
+        for i in range(len(here) - 1, 0, -1):
             if self.keeps:
-                share = math.prod(self.keeps[:i])
-                counts = replace(budget, keep=float(share)).pools(tokens).counts
+                # Not `replace`: the last one may count in a way of its own.
+                share = float(math.prod(self.keeps[: here[i - 1][0] + 1]))
+                plain = Budget(share, budget.scope, budget.allocation).pools(tokens)
+                counts = plain.counts if plain.lens == lens else tuple(math.floor(n * share + 1e-6) for n in lens)
             else:
                 counts = tuple(
-                    math.floor(n * (k / n) ** (i / len(self.members)) + 1e-6) if k else 0
+                    math.floor(n * (k / n) ** (i / len(here)) + 1e-6) if k else 0
                     for n, k in zip(lens, last, strict=True)
                 )
             steps.insert(0, tuple(map(max, counts, steps[0])))

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -64,6 +65,8 @@ class Pruner:
     ordered: ClassVar[bool] = True
     #: The allocation (see `Budget`) that it takes where nobody asks for another.
     allocation: ClassVar[str] = "equal"
+    #: Also drop the tokens from the caches of the layers below a stage, once the prompt has gone through all layers.
+    prune_early_kv: bool = False
 
     @property
     def needs(self) -> frozenset[Probe]:
@@ -78,6 +81,14 @@ class Pruner:
     def stages(self) -> tuple[Stage, ...]:
         """Where the method acts, in ascending order."""
         return (PROJECTOR,)
+
+    def fit(self, depth: int) -> Pruner:
+        """The method with whatever depends on the number of decoder layers filled in; called at `apply`."""
+        return self
+
+    def stage_budget(self, budget: Budget, stage: Stage) -> Budget:
+        """The budget of one stage, given that of the call."""
+        return budget if stage.keep is None else replace(budget, keep=stage.keep)
 
     def check_model(self, width: int, projector: Any) -> None:
         """Refuse a model that the method cannot serve for a reason that `needs` cannot tell; called at `apply`.

@@ -33,10 +33,20 @@ class Probe:
         over heads.
         ``"pre_projector"``: the encoder rows that feed the projector, ``[T * r, d_v]`` with ``r`` rows per visual
         token (1 for LLaVA, 4 for Qwen's 2x2 PatchMerger), in the order of ``VisualTokens.features``.
+
+        The others (`LAYER_PROBES`) come from decoder layer `layer` of the language model, and are there at stages after
+        that layer. Attention is after the softmax over all keys that the query sees, mean over query heads, fp32:
+
+        ``"last_query_row"``: how much the last token of the prompt attends to each visual token, ``[T]``.
+        ``"text_rows"``: how much each token of the question does, ``[T, max(text_lens)]``; 0 beyond the question.
+        ``"hidden"``: what the layer puts out for each visual token, ``[T, D]``.
+        ``"ffn_act"``: what feeds the down projection of the layer's FFN (activated gate times up), of *every* row of
+        the prompts, ``[sum(prompt_lens), d_ff]``; those of the tokens are ``VisualTokens.prompt_rows``.
     layer
-        Encoder layer, indexed like a Python list over the layers (-2: the last but one).
+        Encoder layer, indexed like a Python list over the layers (-2: the last but one); of `LAYER_PROBES` the decoder
+        layer, from 0.
     softmax
-        For attention rows: after (True) or before (False) the softmax.
+        For attention rows of the encoder: after (True) or before (False) the softmax.
     """
 
     name: str
@@ -48,6 +58,8 @@ CLS_ROW = Probe("cls_row")
 CLS_LOGITS = Probe("cls_row", softmax=False)
 LAST_CLS_LOGITS = Probe("cls_row", layer=-1, softmax=False)
 PRE_PROJECTOR = Probe("pre_projector")
+#: Probes inside the language model.
+LAYER_PROBES = frozenset({"last_query_row", "text_rows", "hidden", "ffn_act"})
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,13 @@ class VisualTokens:
         Per image the size ``(height, width)`` in pixels where the model is told of it, else None.
     text, text_lens
         Input embeddings of the question ``[sum(text_lens), D]`` and its length per sample; None where there is no text.
+        At a layer stage, the hidden states of the same tokens.
+    pair_text : Tensor or None
+        ``[images, D]`` fp32: mean input embedding of the text between each image and the next one of its sample (after
+        the last image: of the question); zeros where there is none. For methods that look at the question.
+    prompt_rows, prompt_lens
+        Where the tokens stand among all rows of the prompts (text, separators, pictures, sample after sample, without
+        padding), ``[T]`` int64, and how many rows each sample has, on the host. None before the language model.
     probes : dict
         Captured tensors by `Probe`; see there for shapes.
     projector : callable or None
@@ -136,6 +155,9 @@ class VisualTokens:
     image_size: tuple[tuple[int, int] | None, ...]
     text: Tensor | None = None
     text_lens: tuple[int, ...] | None = None
+    pair_text: Tensor | None = None
+    prompt_rows: Tensor | None = None
+    prompt_lens: tuple[int, ...] | None = None
     probes: dict[Probe, Tensor] = field(default_factory=dict)
     projector: Callable[[Tensor], Tensor] | None = None
     ctx: dict[str, Any] = field(default_factory=dict)
@@ -191,15 +213,17 @@ class VisualTokens:
             As in `Selection`.
         """
         rows = self.features.shape[0]
-        probes = (
-            {p: v.view(rows, -1, *v.shape[1:])[index].flatten(0, 1) for p, v in self.probes.items()} if rows else {}
-        )
+        # Activations belong to rows of the packed prompt, which are other rows after a stage.
+        own = {p: v for p, v in self.probes.items() if p.name != "ffn_act"} if rows else {}
+        probes = {p: v.view(rows, -1, *v.shape[1:])[index].flatten(0, 1) for p, v in own.items()}
         return replace(
             self,
             features=self.features[index],
             seqlens=tuple(torch.diff(cu_seqlens).tolist()),
             source=self.source[index],
             coords=self.coords[index],
+            prompt_rows=None,
+            prompt_lens=None,
             probes=probes,
         )
 

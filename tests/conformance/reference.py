@@ -153,6 +153,7 @@ class Reference:
         tail: Sequence[int] = (),
         positions: str = "original",
         next_position: int | None = None,
+        merged: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     ) -> Run:
         """One pass over the kept rows of the prompt and all of `tail`, tokens that follow it.
 
@@ -160,6 +161,8 @@ class Reference:
         ----------
         next_position
             Position of the first token of `tail`; by default the one after the largest of the prompt's last slot.
+        merged
+            Layer -> slots of the prompt that stay after it, and the rows that take the place of theirs.
         """
         device = prompt.embeds.device
         length = len(prompt.ids)
@@ -194,6 +197,8 @@ class Reference:
                 if i in kept:
                     keep = stays(i)
                     hidden, slots, all_positions = hidden[keep], slots[keep], all_positions[:, keep]
+                if merged is not None and i in merged:
+                    hidden = hidden.index_copy(0, torch.searchsorted(slots, merged[i][0]), merged[i][1])
         return Run(slots, self.twin.lm_head(self.decoder.norm(hidden)), states)
 
     @torch.no_grad()

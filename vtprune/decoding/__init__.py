@@ -2,6 +2,7 @@
 """Decode-time methods: what a model says and remembers while it writes, beside what it sees."""
 
 from .contrast import SparseContrast
+from .neurons import core_neurons
 from .vasparse import vasparse
 
-__all__ = ["SparseContrast", "vasparse"]
+__all__ = ["SparseContrast", "core_neurons", "vasparse"]

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from ..config import PruneConfig
 from ..errors import ConfigError, InputError, UnsupportedModelError, VTPruneError, VTPruneWarning
 from ..models.base import PIXEL_KEYS, Family
-from ..tokens import Probe
+from ..tokens import LAYER_PROBES, Probe, Stage
+from . import layer_probes, probes
 from . import positions as pos
-from . import probes
 from .call import Call, Encoded, Job
-from .layers import enter_layer
+from .layers import enter_layer, prune_cache
 from .prefill import prune_prompt, unpack
 from .report import Report, make_report
 
@@ -76,6 +76,7 @@ class Engine:
         self.local = _Local()
         self.handles: list[Any] = []
         self.first_hooked_layer = len(family.lm.layers)
+        self.hooked_probes: set[Probe] = set()
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.reset_counters()
 
@@ -123,6 +124,7 @@ class Engine:
         for handle in self.handles:
             handle.remove()
         self.handles, self.first_hooked_layer = [], len(self.family.lm.layers)
+        self.hooked_probes.clear()
         self.tap.detach()
         self.family.inner.__dict__.pop(_ATTRIBUTE, None)
         for cache in self.caches:
@@ -136,29 +138,53 @@ class Engine:
         ConfigError, UnsupportedModelError
             The method needs a layer, or a probe, that the model does not have.
         """
-        pruner = config.pruner()
+        pruner = config.pruner().fit(len(self.family.lm.layers))
         stages = pruner.stages()
-        last = len(self.family.lm.layers) - 1
         for stage in stages:
-            if stage.layer is not None and not 0 <= stage.layer < last:
-                raise ConfigError(
-                    f"method {config.method!r} prunes after layer {stage.layer}, but the model has layers 0 to {last}; "
-                    f"choose a layer in 0..{last - 1}"
-                )
+            self._check_stage(config, stage)
         for probe in pruner.needs:
-            if not self.family.has_probe(probe):
+            has_probe = self.family.has_layer_probe if probe.name in LAYER_PROBES else self.family.has_probe
+            if not has_probe(probe):
+                part = "decoder" if probe.name in LAYER_PROBES else "encoder"
                 raise UnsupportedModelError(
-                    f"method {config.method!r} needs {probe.name!r} of encoder layer {probe.layer}, which this "
-                    f"{self.family.label} encoder does not have; choose another method"
+                    f"method {config.method!r} needs {probe.name!r} of {part} layer {probe.layer}, which this "
+                    f"{self.family.label} {part} does not have; choose another method"
                     + (" or importance='auto'" if probe.name == "cls_row" else "")
                 )
         budget = config.budget()
-        wanted = pruner.needs | {p for p in pruner.wants | budget.wants if self.family.has_probe(p)}
-        job = Job(config, pruner, budget, stages, wanted)
+        inside = frozenset(p for p in pruner.needs if p.name in LAYER_PROBES)
+        wanted = (pruner.needs - inside) | {p for p in pruner.wants | budget.wants if self.family.has_probe(p)}
+        job = Job(config, pruner, budget, stages, wanted, inside)
         self.tap.hook(wanted)
         if job.layer_stages:
             self._hook_layers(min(job.layer_stages))
+        self._hook_layer_probes(inside)
         return job
+
+    def _check_stage(self, config: PruneConfig, stage: Stage) -> None:
+        """Refuse a layer that does not exist, and one that needs the rows of dropped tokens later on."""
+        last = len(self.family.lm.layers) - 1
+        if stage.layer is None:
+            return
+        if not 0 <= stage.layer < last:
+            raise ConfigError(
+                f"method {config.method!r} prunes after layer {stage.layer}, but the model has layers 0 to {last}; "
+                f"choose a layer in 0..{last - 1}"
+            )
+        deep = len(getattr(self.family.config.vision_config, "deepstack_visual_indexes", None) or ())
+        if stage.layer < deep - 1:
+            raise ConfigError(
+                f"method {config.method!r} prunes after layer {stage.layer}, but the model adds features of the "
+                f"encoder to the visual tokens up to layer {deep - 1} (DeepStack); choose a layer from {deep - 1} on"
+            )
+
+    def _hook_layer_probes(self, wanted: Collection[Probe]) -> None:
+        """Make sure that these probes can be captured."""
+        with LOCK:
+            for probe in wanted:
+                if probe not in self.hooked_probes:
+                    self.handles.append(layer_probes.hook(self.family, probe, lambda: self.local.call))
+                    self.hooked_probes.add(probe)
 
     def _hook_layers(self, first: int) -> None:
         """Hook every decoder layer from `first` on, once."""
@@ -285,6 +311,11 @@ class Engine:
             if job is not None:
                 self._note_nothing_dropped(job, max(call.tokens.image_lens, default=0))
             return False
+        if job is not None and job.layer_stages and getattr(call.cache, "is_compileable", False):
+            raise InputError(
+                f"a {type(call.cache).__name__} has one length for all layers, but pruning inside the language model "
+                "gives each its own; use a dynamic cache, or a method that prunes at the projector"
+            )
         if job is not None and job.layer_stages and module_checkpoints(self.family.lm):
             raise UnsupportedModelError(
                 "pruning inside the language model does not work with gradient checkpointing, which runs layers "
@@ -368,6 +399,8 @@ class Engine:
             values = out if isinstance(out, tuple) else (getattr(out, "past_key_values", None),)
             cache = next((v for v in values if hasattr(v, "get_seq_length")), None)
         if cache is not None:
+            if call.job is not None and call.job.pruner.prune_early_kv and len(call.packs) > 1:
+                prune_cache(call, cache)
             pos.commit(cache, pos.adopt(cache, call.state), self.caches)
         if not call.packs:
             return None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,17 +30,18 @@ class Encoded(Exception):
 
 @dataclass
 class Job:
-    """A configuration made ready for one model."""
+    """A configuration made ready for one model; `probes` are the encoder's, `layer_probes` the language model's."""
 
     config: PruneConfig
     pruner: Pruner
     budget: Budget
     stages: tuple[Stage, ...]
     probes: frozenset[Probe]
+    layer_probes: frozenset[Probe]
     trusted: bool = False  # its first selection was checked pool by pool
 
     def budget_at(self, stage: Stage) -> Budget:
-        return self.budget if stage.keep is None else replace(self.budget, keep=stage.keep)
+        return self.pruner.stage_budget(self.budget, stage)
 
     @property
     def projector_stage(self) -> Stage | None:
@@ -113,6 +114,8 @@ class Call:
         True positions for the rotary embedding, where the text model is handed contiguous ones.
     tokens, slots
         Visual tokens that are still there, and their packed slots ``sample * width + slot``.
+    text_slots
+        The same for the tokens of the question.
     trace, packs, counts
         Per stage: what it kept, how its rows were packed, rows per sample after it. `packs` and `counts` start with
         the packing of the prompt, whether or not a stage pruned it.
@@ -134,6 +137,7 @@ class Call:
     rotary: Tensor | None = None
     tokens: VisualTokens | None = None
     slots: Tensor | None = None
+    text_slots: Tensor | None = None
     trace: list[Trace] = field(default_factory=list)
     packs: list[Pack] = field(default_factory=list)
     counts: list[list[int]] = field(default_factory=list)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError
 from ..tokens import Stage
 from . import positions as pos
+from .layer_probes import row_of
 from .prefill import gather, pack
 from .report import Trace
 
@@ -83,13 +84,51 @@ def enter_layer(call: Call, layer: int, hidden: Tensor, kw: dict[str, Any], impl
     return hidden
 
 
+def prune_cache(call: Call, cache: Any) -> None:
+    """Take what the stages dropped out of the caches of the layers below them, now that the prompt is through."""
+    state, packs = call.state, call.packs
+    assert state is not None and call.job is not None
+    last = packs[-1]
+    width = last.index.shape[1]
+    firsts = sorted(call.job.layer_stages)
+    for i, layer in enumerate(cache.layers):
+        done = sum(first <= i for first in firsts)  # packs that this layer has seen, after that of the prompt
+        if done == len(packs) - 1:
+            continue
+        index = last.index
+        for plan in reversed(packs[done + 1 : -1]):
+            index = plan.index.gather(1, index)
+        if layer.keys.shape[2] != state.masks[state.group(i)].shape[1]:
+            raise InputError(
+                f"layer {i} caches {layer.keys.shape[2]} of {state.masks[state.group(i)].shape[1]} slots: something "
+                "shortened the cache during the forward (a KV-cache compressor?); leave prune_early_kv off beside it"
+            )
+        past = layer.keys.shape[2] - packs[done].index.shape[1]
+        index = index.to(layer.keys.device)[:, None, :, None]
+        for name in ("keys", "values"):
+            rows = getattr(layer, name)
+            setattr(layer, name, torch.cat([rows[:, :, :past], rows[:, :, past:].take_along_dim(index, 2)], 2))
+    masks, full = {}, {}
+    for first, mask in state.masks.items():
+        past = mask.shape[1] - packs[sum(f <= first for f in firsts)].index.shape[1]
+        masks[first] = torch.cat([mask[:, :past], last.valid], 1)
+        full[first] = last.full and (state.full[first] or not past)
+    gone = packs[0].index.shape[1] - width
+    call.state = replace(state, masks=masks, full=full, length=state.length - gone, floor=state.floor - gone)
+
+
 def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[str, Any]) -> Tensor:
     """Drop visual rows of ``hidden [B, P, D]``; returns ``[B, P', D]``."""
     job, state, tokens, slots = call.job, call.state, call.tokens, call.slots
     assert job is not None and state is not None and tokens is not None and slots is not None
     batch, width, dim = hidden.shape
     slots = slots.to(hidden.device)
-    tokens = replace(tokens, features=hidden.reshape(-1, dim)[slots].detach())
+    flat = hidden.reshape(-1, dim)
+    text = None if call.text_slots is None else flat[call.text_slots.to(hidden.device)].detach()
+    rows = row_of(slots, width, call.counts[-1])
+    tokens = replace(
+        tokens, features=flat[slots].detach(), text=text, prompt_rows=rows, prompt_lens=tuple(call.counts[-1])
+    )
     selection, kept = job.select(tokens, stage, batch)
     alive = call.trace[-1].kept if call.trace else torch.arange(len(slots), device=hidden.device)
     order = None if selection.order is None else alive[selection.order]
@@ -100,6 +139,11 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     slots = slots[selection.index]
     keep.view(-1)[slots] = True
     counts = np.asarray(call.counts[-1]) - tokens.sample_lens(batch) + kept
+    if not counts.all():
+        raise InputError(
+            f"sample {int(counts.argmin())} has pictures and no text, and {job.config.label!r} leaves nothing of it; "
+            "add text, or choose another method"
+        )
     plan = pack(keep, counts.tolist())
     if selection.features is not None:
         merged = selection.features.to(hidden.dtype)
@@ -107,7 +151,8 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     call.packs.append(plan)
     call.counts.append(counts.tolist())
     call.tokens = tokens.subset(selection.index, selection.cu_seqlens)
-    call.slots = (slots // width) * plan.index.shape[1] + plan.slot_of.reshape(-1)[slots]
+    call.slots = plan.move(slots)
+    call.text_slots = None if call.text_slots is None else plan.move(call.text_slots.to(hidden.device))
 
     above = [first for first in state.masks if first >= layer]
     past = {first: state.masks[first][:, : state.masks[first].shape[1] - width] for first in above}

@@ -43,6 +43,10 @@ class Pack:
     slot_of: Tensor
     full: bool
 
+    def move(self, slots: Tensor) -> Tensor:
+        """Where rows that were kept lie now: ``sample * L + slot`` becomes ``sample * P + slot``."""
+        return (slots // self.slot_of.shape[1]) * self.index.shape[1] + self.slot_of.reshape(-1)[slots]
+
 
 def pack(keep: Tensor, counts: list[int]) -> Pack:
     """Plan the packing of the rows where `keep` (``[B, L]`` bool) is True.
@@ -163,7 +167,8 @@ def prune_prompt(
     call.packs.append(plan)
     call.counts.append(counts.tolist())
     call.tokens = tokens
-    call.slots = (position // length) * plan.index.shape[1] + plan.slot_of.reshape(-1)[position]
+    call.slots = plan.move(position)
+    call.text_slots = None if call.text_slots is None else plan.move(call.text_slots)
     masks, full = (before.masks, before.full) if before is not None else past_masks(kw, call.past, valid)
     first_layers = {*masks, *(job.layer_stages if job is not None else ())}
     below = {first: max(k for k in masks if k <= first) for first in sorted(first_layers)}

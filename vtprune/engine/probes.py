@@ -213,11 +213,37 @@ def with_question(
     valid: np.ndarray,
     masks: dict[str, np.ndarray],
 ) -> VisualTokens:
-    """Add the question: every valid, non-visual, non-special token after the last picture of its sample."""
+    """Add the question: every valid, non-visual, non-special token after the last picture of its sample.
+
+    Also the mean of the text that follows each picture, and the slots ``sample * L + slot`` of the question.
+    """
     text = valid & ~np.logical_or.reduce(list(masks.values()))
-    text &= np.arange(valid.shape[1])[None] > layout.last[:, None]
     if call.ids is not None:
         text &= ~np.isin(call.ids.cpu().numpy(), list(family.special_ids))
-    rows = torch.from_numpy(np.flatnonzero(text)).to(embeds.device)
+    flat = embeds.detach().reshape(-1, embeds.shape[-1])
+    paired = pair_text(tokens, layout, flat, text)
+    text &= np.arange(valid.shape[1])[None] > layout.last[:, None]
+    call.text_slots = torch.from_numpy(np.flatnonzero(text)).to(embeds.device)
     lens = tuple(int(n) for n in text.sum(1))
-    return replace(tokens, text=embeds.reshape(-1, embeds.shape[-1])[rows].detach(), text_lens=lens)
+    return replace(tokens, text=flat[call.text_slots], text_lens=lens, pair_text=paired)
+
+
+def pair_text(tokens: VisualTokens, layout: BatchLayout, flat: Tensor, text: np.ndarray) -> Tensor:
+    """Mean embedding of the text between each picture and the next of its sample, ``[images, D]`` fp32.
+
+    Parameters
+    ----------
+    flat : Tensor
+        ``[B * L, D]`` embeddings of the prompt.
+    text : np.ndarray
+        ``[B, L]`` bool, True at ordinary text.
+    """
+    owner = np.full(text.size, -1)
+    owner[layout.position] = np.repeat(np.arange(tokens.num_images), tokens.image_lens)
+    owner = np.maximum.accumulate(owner.reshape(text.shape), axis=1)  # images are counted in the order of the prompt
+    mine = text & (owner >= 0)
+    rows = torch.from_numpy(np.flatnonzero(mine)).to(flat.device)
+    lens = torch.from_numpy(np.bincount(owner[mine], minlength=tokens.num_images)).to(flat.device)
+    # Row after row in order: the same sum alone and in a batch.
+    total = torch.segment_reduce(flat[rows].float(), "sum", lengths=lens, axis=0, unsafe=True, initial=0.0)
+    return total / lens.clamp_min(1)[:, None]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..tokens import LAYER_PROBES
 from .base import Family
 from .llava import Llava
 from .llava_next import LlavaNext
@@ -34,7 +35,7 @@ def served(method: type[Pruner]) -> dict[str, str]:
     if not method.__module__.startswith("vtprune."):
         return {kind: "untested" for family in FAMILIES for kind in family.model_types}
     pruner = method()
-    needs, wants = ({probe.name for probe in probes} for probes in (pruner.needs, pruner.wants))
+    needs, wants = ({p.name for p in probes} - LAYER_PROBES for probes in (pruner.needs, pruner.wants))
     return {
         kind: "no" if not needs <= family.probes else "yes" if wants <= family.probes else "stand-in"
         for family in FAMILIES

@@ -187,6 +187,53 @@ class Family(ABC):
         """Bring a captured tensor into the row order of `ImageLayout.raw` (window attention permutes rows)."""
         return value
 
+    # -- the language model --------------------------------------------------------------------------------------------
+
+    def has_layer_probe(self, probe: Probe) -> bool:
+        """Whether a probe inside the language model can be captured in a layer that exists."""
+        if not 0 <= probe.layer < len(self.lm.layers):
+            return False
+        layer = self.lm.layers[probe.layer]
+        if probe.name == "ffn_act":
+            return hasattr(getattr(layer, "mlp", None), "down_proj")
+        return probe.name == "hidden" or all(hasattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "scaling"))
+
+    def query_heads(self, attention: Any, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        """Rotated queries ``[B, H, n, d_h]`` of these rows (``[B, n, D]``, the input of the attention module).
+
+        Parameters
+        ----------
+        rotary
+            Cosine and sine of the rows' positions, ``[B or 1, n, d_h]``, or ``[3, B or 1, n, d_h]`` where M-RoPE is not
+            put together yet (older transformers).
+        """
+        return self._heads(attention, "q", hidden, rotary)
+
+    def key_heads(self, attention: Any, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        """Rotated keys ``[B, Hkv, n, d_h]``, as the layer would cache them."""
+        return self._heads(attention, "k", hidden, rotary)
+
+    def _heads(self, attention: Any, kind: str, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        rows = getattr(attention, f"{kind}_proj")(hidden)
+        rows = rows.view(*hidden.shape[:-1], -1, attention.head_dim)
+        norm = getattr(attention, f"{kind}_norm", None)  # Qwen3
+        rows = (rows if norm is None else norm(rows)).transpose(1, 2)
+        cos, sin = rotary
+        if cos.ndim == 4:
+            sections = [*self._mrope_section(), *self._mrope_section()]
+            cos, sin = (
+                torch.cat([part[i % 3] for i, part in enumerate(e.split(sections, dim=-1))], -1) for e in (cos, sin)
+            )
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        half = rows.shape[-1] // 2
+        turned = torch.cat([-rows[..., half:], rows[..., :half]], -1)
+        return rows * cos + turned * sin
+
+    def _mrope_section(self) -> list[int]:
+        config = self.config.text_config
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        return list(rope["mrope_section"])
+
     # -- positions ----------------------------------------------------------------------------------------------------
 
     @property

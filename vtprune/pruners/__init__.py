@@ -2,9 +2,12 @@
 """The built-in methods. Importing this package registers them."""
 
 from . import (
+    catp,
     cdpruner,
+    corematching,
     dart,
     divprune,
+    fastv,
     globalcom2,
     grid,
     hiprune,
@@ -12,19 +15,25 @@ from . import (
     norm,
     pool,
     prumerge,
+    pyramiddrop,
     random,
     scope,
+    sparsevlm,
     tome,
     visionzip,
     vispruner,
+    visual_exit,
     worst,
     zoo,
 )
 
 __all__ = [
+    "catp",
     "cdpruner",
+    "corematching",
     "dart",
     "divprune",
+    "fastv",
     "globalcom2",
     "grid",
     "hiprune",
@@ -32,11 +41,14 @@ __all__ = [
     "norm",
     "pool",
     "prumerge",
+    "pyramiddrop",
     "random",
     "scope",
+    "sparsevlm",
     "tome",
     "visionzip",
     "vispruner",
+    "visual_exit",
     "worst",
     "zoo",
 ]

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..budget import Budget
 from ..errors import ConfigError
 from ..kernels import reference
 from ..tokens import CLS_ROW, Selection, VisualTokens
@@ -46,6 +47,12 @@ def count(name: str, value: object, least: int = 1) -> None:
 def unordered(rows: Tensor, tokens: VisualTokens, **info: str) -> Selection:
     """A selection from flat rows whose order means nothing: a larger budget need not keep them."""
     return replace(Selection.from_order(rows, tokens, **info), order=None)
+
+
+def top(scores: Tensor, tokens: VisualTokens, budget: Budget) -> Selection:
+    """The largest scores ``[T]`` of each pool, ties to the lowest index."""
+    lens, counts = budget.pools(tokens)
+    return Selection.from_order(reference.topk(scores, lens, counts), tokens)
 
 
 def top_then_even(scores: Tensor, sound: Tensor, lead: Tensor, pools: reference.Pools) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..registry import Pruner, register
-from ..tokens import VisualTokens
+from ..tokens import Stage, VisualTokens
+from . import common
 
 
 @register("random")
@@ -26,6 +27,8 @@ class RandomPruner(Pruner):
     ----------
     seed
         Not negative. Another seed, another subset.
+    layer
+        Prune after this decoder layer, from 0; None: before the language model.
     """
 
     paper = "baseline"
@@ -36,10 +39,17 @@ class RandomPruner(Pruner):
     adaptive = False
 
     seed: int = 0
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} cannot seed a generator; give a whole number from 0 on")
+
+        if self.layer is not None:
+            common.count("layer", self.layer, 0)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage(self.layer),)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         scores = np.empty(tokens.features.shape[0], dtype=np.float32)

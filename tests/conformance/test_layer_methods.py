@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that act inside the language model, against a layer loop written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import vtprune
+from vtprune.errors import ConfigError, InputError
+
+from .helpers import (
+    ATTENTIONS,
+    COUNTS_THE_CACHE,
+    FLASH,
+    FP32,
+    FP64,
+    LOOSE,
+    NEVER,
+    Record,
+    assert_close,
+    cache_lengths,
+    first_call,
+    forward_error,
+    generate,
+    generation_error,
+    hooks,
+    kept_of,
+    manual_decode,
+    most_images_for_beams,
+    placeholder_mask,
+    reference,
+    same,
+    slot_masks,
+    spy,
+    twin,
+)
+
+FAMILIES = ("llava", "qwen2_5_vl")
+#: Name of the case -> method and options. The tiny models have five layers.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fastv": ("fastv", {}),
+    "random after 1": ("random", {"layer": 1}),
+    "visual-exit": ("visual-exit", {"layer": 2}),
+    "pyramiddrop": ("pyramiddrop", {}),
+    "sparsevlm": ("sparsevlm", {"recycle": 0.0}),
+    "catp": ("catp", {}),
+    "corematching": ("corematching", {}),
+    "corematching top-k": ("corematching", {"mode": "top_k"}),
+}
+KEEP = 0.35
+
+
+@contextmanager
+def applied(model: nn.Module, case: str, **settings: Any) -> Iterator[str]:
+    method, options = METHODS[case]
+    with vtprune.apply(model, method, **{"keep": KEEP, **settings}, **options):
+        yield method
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_equals_the_layer_loop(family: str, case: str, attention: str) -> None:
+    model, ref = tiny.build(family, attention), reference(family)
+    samples = tiny.mixed(model)
+    with applied(model, case) as method:
+        assert forward_error(model, ref, [samples[3]], samples[3], method) <= FP32
+        assert forward_error(model, ref, [samples[3]], samples[3], method, use_cache=False) <= FP32
+        side = "left" if attention == "eager" else "right"
+        assert forward_error(model, ref, samples, tiny.collate(samples, side), method) <= LOOSE
+
+
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_thirty_two_steps_in_double_precision(family: str, case: str) -> None:
+    model, ref = tiny.build(family, dtype=torch.float64), reference(family, torch.float64)
+    sample = tiny.prompt(model, 3, seed=2)
+    with applied(model, case) as method:
+        assert forward_error(model, ref, [sample], sample, method) <= FP64
+        with spy(method) as records:  # generate() would round its logits to fp32
+            tokens, logits = manual_decode(model, sample, 32)
+    expected, expected_logits = ref.greedy(ref.prompt(sample), kept_of(model, sample, records)[0], 32)
+    assert tokens[0].tolist() == expected
+    assert_close(logits[0], expected_logits, FP64)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", FLASH])
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_batch_generates_as_recomputation_does(family: str, case: str, attention: str) -> None:
+    model, ref = tiny.build(family, attention), reference(family)
+    samples = tiny.mixed(model)
+    with applied(model, case) as method:
+        assert generation_error(model, ref, samples, tiny.collate(samples), method, steps=6) <= LOOSE
+
+
+@pytest.mark.parametrize("case", ["fastv", "catp", "corematching", "visual-exit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams(family: str, case: str) -> None:
+    model, ref = tiny.build(family), reference(family)
+    sample = tiny.prompt(model, most_images_for_beams(family), 3)
+    with applied(model, case) as method, spy(method) as records:
+        out = model.generate(**sample, max_new_tokens=4, num_beams=3, do_sample=False)
+    expanded = {k: sample[k].repeat_interleave(3, 0) for k in ("input_ids", "attention_mask")}
+    kept = kept_of(model, expanded, records)[0]
+    assert out[0, -4:].tolist() == ref.beam(ref.prompt(sample), kept, 4, 3)[0]
+
+
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
+def test_every_attention_backend_selects_the_same_tokens(family: str, case: str) -> None:
+    found = []
+    for attention in ATTENTIONS:
+        model = tiny.build(family, attention)
+        with applied(model, case) as method, spy(method) as records:
+            model(**tiny.collate(tiny.mixed(model)))
+        found.append({layer: record.kept_source.tolist() for layer, record in first_call(records).items()})
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_layer_runs_once_and_caches_what_it_saw(family: str, case: str) -> None:
+    model = tiny.build(family)
+    batch = tiny.collate(tiny.mixed(model))
+    runs: list[tuple[int, str]] = []
+    for i, layer in enumerate(model.model.language_model.layers):
+        for part in ("self_attn", "mlp"):
+            getattr(layer, part).register_forward_hook(lambda _m, _a, _o, it=(i, part): runs.append(it))
+    with applied(model, case) as method, spy(method) as records:
+        cache = model(**batch, use_cache=True).past_key_values
+        assert runs == [(i, part) for i in range(tiny.LAYERS) for part in ("self_attn", "mlp")]
+        alive = batch["attention_mask"].bool()
+        masks, lengths = slot_masks(model, batch, records), []
+        if None in masks:
+            alive = alive & masks[None]
+        for i in range(tiny.LAYERS):
+            before = lengths[-1] if lengths and i - 1 not in masks else None
+            # Text-only and padded rows: a layer is as wide as its longest row. Before any stage: as the prompt.
+            width = int(alive.sum(1).max()) if masks.keys() & set(range(-1, i)) or None in masks else alive.shape[1]
+            lengths.append(width if before is None else before)
+            if i in masks:
+                alive = alive & masks[i]
+        assert cache_lengths(cache) == lengths
+        model(input_ids=torch.full((len(alive), 1), 9), past_key_values=cache)
+        assert cache_lengths(cache) == [n + 1 for n in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_merged_tokens_go_on_in_the_place_of_their_centre(family: str) -> None:
+    model, ref = tiny.build(family), reference(family)
+    sample = tiny.prompt(model, 3, seed=5)
+    options = {"layers": [1, 2], "recycle": 0.9, "merge": 0.4, "keep": 0.3}
+    with vtprune.apply(model, "sparsevlm", **options), spy("sparsevlm") as records:
+        logits = model(**sample).logits
+    slots = placeholder_mask(model, sample["input_ids"][0]).nonzero().flatten()
+    merged, changed = {}, 0
+    for layer, record in first_call(records).items():
+        if record.selection.features is not None:
+            merged[layer] = (slots[record.kept_source], record.selection.features)
+            changed += int((record.selection.features != record.tokens.features[record.selection.index]).any(1).sum())
+    assert merged.keys() == {1, 2} and changed >= 3
+    run = ref.run(ref.prompt(sample), kept_of(model, sample, records)[0], merged=merged)
+    assert_close(logits[0][run.slots], run.logits, FP32)
+
+
+@contextmanager
+def spies(methods: list[str]) -> Iterator[dict[str, list[Record]]]:
+    with ExitStack() as stack:
+        yield {method: stack.enter_context(spy(method)) for method in methods}
+
+
+@pytest.mark.parametrize("names", [["divprune", "fastv"], ["norm", "divprune", "pyramiddrop"], ["divprune", "catp"]])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_projector_stage_with_layer_stages(family: str, names: list[str]) -> None:
+    model, ref = tiny.build(family), reference(family)
+    sample = tiny.prompt(model, 3, seed=4)
+    for keep in (0.25, [*[0.8] * (len(names) - 1), 0.5]):
+        with vtprune.apply(model, names, keep=keep) as handle, spies(names) as records:
+            logits = model(**sample).logits
+            report = handle.report()
+        placeholder = placeholder_mask(model, sample["input_ids"][0])
+        kept: dict[int | None, Any] = {}
+        for found in records.values():
+            for layer, record in first_call(found).items():
+                stays = torch.ones(int(placeholder.sum()), dtype=torch.bool)
+                stays[record.tokens.source] = False
+                stays[record.kept_source] = True
+                mask = torch.ones_like(placeholder).masked_scatter(placeholder, stays)
+                kept[layer] = mask & kept.get(layer, mask)
+        run = ref.run(ref.prompt(sample), kept)
+        assert_close(logits[0][run.slots], run.logits, FP32, str(keep))
+        total = vtprune.Budget(0.25 if keep == 0.25 else 0.5 * 0.8 ** (len(names) - 1))
+        expected = [total.image_count(i.tokens_in) for i in report.images]
+        if names[-1] == "catp":  # demonstrations share what they keep
+            shown = [i.tokens_in for i in report.images[:-1]]
+            assert report.images[-1].tokens_out == expected[-1]
+            assert sum(i.tokens_out for i in report.images[:-1]) == int(sum(shown) * total.keep + 1e-6)
+        else:
+            assert [i.tokens_out for i in report.images] == expected
+    with pytest.raises(ConfigError, match="before the one before it is done"):
+        vtprune.apply(model, names[::-1], keep=0.5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_early_caches_can_be_pruned_after_the_prompt(family: str, side: str) -> None:
+    """By hand: the prompt runs as before, then what was dropped is cut out of every cache, then tokens follow."""
+    model, plain, ref = tiny.build(family), twin(family), reference(family)
+    samples = tiny.mixed(model)
+    batch = tiny.collate(samples, side)
+    options = {"prune_early_kv": True, "layer": 2, "mode": "top_k"}
+    follow = torch.tensor([[7, 9, 11]]).expand(len(samples), -1)
+    with vtprune.apply(model, "corematching", keep=KEEP, **options), spy("corematching") as records:
+        cache = model(**batch, use_cache=True).past_key_values
+        kept = kept_of(model, batch, records)
+        widest = max(int(k[2].sum()) for k in kept)
+        assert cache_lengths(cache) == [widest] * tiny.LAYERS
+        steps = [model(input_ids=follow[:, t : t + 1], past_key_values=cache).logits[:, 0] for t in range(3)]
+        assert cache_lengths(cache) == [widest + 3] * tiny.LAYERS
+    for b, sample in enumerate(samples):
+        prompt = ref.prompt(sample)
+        states = ref.run(prompt, kept[b]).states
+        keep = kept[b][2]
+        embeds, positions = plain.get_input_embeddings()(follow[b]), prompt.positions
+        start = int(positions[:, -1].max()) + 1
+        later = (start + torch.arange(3))[None].expand(positions.shape[0], -1)
+        # Inputs of each layer for kept rows of the prompt; then all tokens under a plain causal mask.
+        hidden = embeds
+        with ref._plain_attention():
+            for i, layer in enumerate(plain.model.language_model.layers):
+                slots, rows = states[i - 1] if i else (torch.arange(len(prompt.ids)), prompt.embeds)
+                rows = rows[keep[slots]]
+                ids = torch.cat([positions[:, keep], later], 1)
+                ids = ids[:, None] if positions.shape[0] == 3 else ids
+                whole = torch.cat([rows, hidden])[None]
+                n = whole.shape[1]
+                mask = torch.full((n, n), torch.finfo(whole.dtype).min).triu(1)[None, None]
+                rope = plain.model.language_model.rotary_emb(whole, ids)
+                out = layer(whole, attention_mask=mask, position_embeddings=rope, use_cache=False)
+                hidden = (out[0] if isinstance(out, tuple) else out)[0, -3:]
+        expected = plain.lm_head(plain.model.language_model.norm(hidden))
+        assert_close(torch.stack([s[b] for s in steps]), expected, LOOSE, f"sample {b}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_pruned_early_caches(family: str) -> None:
+    model = tiny.build(family)
+    samples = tiny.mixed(model)
+    with vtprune.apply(model, "corematching", keep=KEEP, prune_early_kv=True):
+        together, _ = generate(model, tiny.collate(samples), 5)
+        for b, sample in enumerate(samples):
+            assert same(generate(model, sample, 5)[0][0], together[b])
+        greedy, _ = generate(model, samples[0], 14)
+        options = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "eos_token_id": NEVER}
+        try:
+            assert same(generate(model, samples[0], 14, **options)[0], greedy)
+        except InputError:
+            assert COUNTS_THE_CACHE
+
+
+@torch.no_grad()
+def test_early_caches_of_a_second_prompt() -> None:
+    """What the first turn left stays; of the second only what it drops goes, in every layer."""
+    model = tiny.build("llava")
+    first, second = tiny.prompt(model, 1, seed=1), tiny.prompt(model, 2, seed=2)
+    mask = torch.ones(1, first["input_ids"].shape[1] + second["input_ids"].shape[1], dtype=torch.long)
+    more = {**second, "attention_mask": mask}
+    lengths, logits = [], []
+    for early in (False, True):
+        options = {"mode": "top_k", "layer": 2, "prune_early_kv": early}
+        with vtprune.apply(model, "corematching", keep=KEEP, **options):
+            cache = model(**first, use_cache=True).past_key_values
+            before = cache_lengths(cache)
+            keys = [layer.keys.clone() for layer in cache.layers]
+            logits.append(model(**more, past_key_values=cache).logits)
+            lengths.append((before, cache_lengths(cache)))
+            for layer, old in zip(cache.layers, keys, strict=True):
+                assert same(layer.keys[:, :, : old.shape[2]], old)
+    (late_before, late), (early_before, now) = lengths
+    assert early_before == [late_before[-1]] * tiny.LAYERS and now == [late[-1]] * tiny.LAYERS
+    assert bool(logits[1].isfinite().all()) and not same(logits[0], logits[1])
+
+
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("fastv", {"layer": tiny.LAYERS - 1}),
+        ("random", {"layer": 99}),
+        ("visual-exit", {"layer": tiny.LAYERS}),
+        ("pyramiddrop", {"layers": [1, 9]}),
+        ("sparsevlm", {"layers": [9]}),
+        ("catp", {"layer": tiny.LAYERS - 2}),
+        ("corematching", {"layer": 7}),
+    ],
+)
+def test_a_layer_out_of_range_is_refused_in_one_line(method: str, options: dict[str, Any]) -> None:
+    model = tiny.build("llava")
+    clean = hooks(model)
+    with pytest.raises(ConfigError, match=r"the model has layers 0 to 4; choose a layer in 0\.\.3") as error:
+        vtprune.apply(model, method, **options)
+    assert "\n" not in str(error.value) and hooks(model) == clean
+
+
+@pytest.mark.parametrize("case", ["fastv", "catp", "corematching"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_prompt_lookup_equals_greedy(family: str, case: str) -> None:
+    model = tiny.build(family)
+    sample = tiny.prompt(model, 1, seed=2)
+    with applied(model, case):
+        greedy, _ = generate(model, sample, 14)
+        options = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "eos_token_id": NEVER}
+        try:
+            looked_up, _ = generate(model, sample, 14, **options)
+        except InputError:
+            assert COUNTS_THE_CACHE
+            return
+    assert same(greedy, looked_up)
+
+
+@pytest.mark.parametrize("case", ["fastv", "catp", "corematching"])
+@torch.no_grad()
+def test_attention_maps_can_be_asked_for(case: str) -> None:
+    model = tiny.build("llava", "eager")
+    sample = tiny.prompt(model, 2)
+    with applied(model, case):
+        plain = model(**sample).logits
+        out = model(**sample, output_attentions=True, output_hidden_states=True)
+    assert same(out.logits, plain) and len(out.attentions) == tiny.LAYERS
+    widths = [a.shape[-1] for a in out.attentions]
+    assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
+
+
+@torch.no_grad()
+def test_prompts_without_text() -> None:
+    model = tiny.build("llava")
+    bare = tiny.sample(model, tiny.pictures(model, 2))
+    for case in METHODS:
+        if case != "visual-exit":
+            with applied(model, case):
+                assert bool(model(**bare).logits.isfinite().all()), case
+    batch = tiny.collate([tiny.prompt(model, 1), bare])
+    with pytest.raises(InputError, match="sample 1 has pictures and no text") as error, applied(model, "visual-exit"):
+        model(**batch)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["fastv", "catp", "corematching", "visual-exit"])
+@torch.no_grad()
+def test_a_static_cache_is_refused_in_one_line(case: str) -> None:
+    from transformers import StaticCache
+
+    model = tiny.build("llava")
+    sample = tiny.prompt(model, 2)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=96)
+    with pytest.raises(InputError, match="dynamic cache") as error, applied(model, case):
+        model(**sample, past_key_values=cache, use_cache=True)
+    assert "\n" not in str(error.value)
