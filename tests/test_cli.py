@@ -21,6 +21,7 @@ from PIL import Image
 
 import vtprune
 from vtprune import cli, models, registry
+from vtprune.models.loading import build_inputs
 
 WORDS = ("what", "does", "the", "text", "say", "?", "USER:", "ASSISTANT:")
 TEMPLATE = (
@@ -137,7 +138,7 @@ def test_ask_answers_like_the_library(
     assert ask(picture, question, "--model", checkpoints["qwen"], "--max-new-tokens", "5", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     model, processor = vtprune.load(str(checkpoints["qwen"]), device="cpu")
-    inputs = cli.build_inputs(model, processor, Image.open(picture), question)
+    inputs = build_inputs(model, processor, Image.open(picture), question)
     start = inputs["input_ids"].shape[1]
 
     def answer() -> str:
@@ -151,7 +152,7 @@ def test_ask_answers_like_the_library(
 
 def test_prompt_without_a_chat_template(checkpoints: dict[str, Path], picture: str) -> None:
     model, processor = vtprune.load(str(checkpoints["llava"]), device="cpu")
-    inputs = cli.build_inputs(model, processor, Image.open(picture), "what ?")
+    inputs = build_inputs(model, processor, Image.open(picture), "what ?")
     text = processor.batch_decode(inputs["input_ids"])[0]
     assert text.split() == ["USER:", *["<image>"] * 16, "what", "?", "ASSISTANT:"]
 

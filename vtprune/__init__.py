@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .api import Handle, apply, encode, remove, report, select, using
     from .budget import Budget
     from .config import PruneConfig
+    from .lens.probe import lens
     from .models.loading import load
     from .registry import Pruner, methods, register
     from .tokens import Probe, Selection, Stage, VisualTokens
@@ -44,6 +45,7 @@ __all__ = [
     "VisualTokens",
     "apply",
     "encode",
+    "lens",
     "load",
     "methods",
     "register",
@@ -55,6 +57,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "lens":  # a package that can be called
+        return importlib.import_module(".lens", __name__)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'vtprune' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

@@ -173,6 +173,8 @@ def ask(
         config = _config(method, keep, option or [])
         say(f"loading {model}")
         net, processor = _load(model, device, dtype)
+        from .models.loading import build_inputs
+
         inputs = build_inputs(net, processor, picture, question)
         say("answering with all visual tokens")
         dense = _measure(net, processor, inputs, max_new_tokens)
@@ -403,26 +405,6 @@ def _ready(device: str | None) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-
-
-def build_inputs(model: Any, processor: Any, picture: Image.Image, question: str) -> Any:
-    """What the model is given for one picture and one question, on its device and in its dtype.
-
-    The processor's chat template words the prompt; a processor without one gets the format of LLaVA-1.5.
-    """
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    else:
-        token = getattr(processor, "image_token", "<image>")
-        inputs = processor(images=picture, text=f"USER: {token}\n{question} ASSISTANT:", return_tensors="pt")
-    return inputs.to(model.device, dtype=model.dtype)
 
 
 def _measure(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> dict[str, Any]:

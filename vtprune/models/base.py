@@ -118,6 +118,11 @@ class Family(ABC):
         self.lm = self.inner.language_model
         self.config = model.config
 
+    @property
+    def checkpoint(self) -> str:
+        """Where the model was loaded from: a folder, a hub name, or empty."""
+        return str(getattr(self.config, "_name_or_path", "") or "")
+
     # -- the prompt ---------------------------------------------------------------------------------------------------
 
     @property
