@@ -287,6 +287,8 @@ class Engine:
         after_last = [int(row[last + 1 :].sum()) for row, last in zip(host_new, layout.last, strict=True) if last >= 0]
         tail = min(after_last, default=0)
         if self.local.entry:
+            if job is not None:
+                raise ConfigError("visual tokens cannot be injected while they are pruned; leave one of the two blocks")
             self._refuse_checkpointing()
             hold_back(self.family, call, kw, state, new, rows, self.local.entry, tail)
             self._hook_stages(call)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .calibration import CLASSES, Calibration, Categories
     from .clusters import calibrate, shares
     from .compression import Patch, patches
-    from .interventions import enter, skip
+    from .interventions import inject, skip
     from .probe import Lens, lens
 
 # Imported at first use: `embedlens` among the pruners needs the calibration, not the engine above it.
@@ -27,7 +27,7 @@ _HOMES = {
     "calibration": ("CLASSES", "Calibration", "Categories"),
     "clusters": ("calibrate", "shares"),
     "compression": ("Patch", "patches"),
-    "interventions": ("enter", "skip"),
+    "interventions": ("inject", "skip"),
     "probe": ("Lens", "lens"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -39,7 +39,7 @@ __all__ = [
     "Lens",
     "Patch",
     "calibrate",
-    "enter",
+    "inject",
     "lens",
     "patches",
     "shares",

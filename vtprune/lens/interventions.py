@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acting on what the lens shows: sublayers skipped for some visual tokens, and visual tokens that enter later.
+"""Acting on what the lens shows: sublayers skipped for some visual tokens, and visual tokens injected at a later layer.
 
 Both last as long as their ``with`` block, in its thread, and hold for forwards and for ``generate()``. To remove tokens of
 a class, apply the method ``embedlens``; to remove all of them after a layer, ``visual-exit``.
@@ -130,8 +130,8 @@ def _silence(engine: Engine, key: object, _module: nn.Module, _args: tuple[Any, 
 
 
 @contextmanager
-def enter(model: nn.Module, layer: int) -> Iterator[None]:
-    """Within this block, visual tokens enter the language model before decoder layer `layer`, not with the prompt.
+def inject(model: nn.Module, layer: int) -> Iterator[None]:
+    """Within this block, visual tokens are injected before decoder layer `layer`, and do not come with the prompt.
 
     Layers below run on the text alone, whose positions keep the gaps where pictures stand; at `layer` the projected rows
     are put in as they are. Layers below cache text alone, layers from there on everything, and decoding goes on with
@@ -158,5 +158,5 @@ def enter(model: nn.Module, layer: int) -> Iterator[None]:
         raise ConfigError(f"layer={layer!r} is not there; visual tokens can enter before layers 0 to {last}")
     with watching(family, entry=layer) as engine:
         if layer and engine.active_job() is not None:
-            raise ConfigError("visual tokens cannot enter later while they are pruned; call vtprune.remove(model) first")
+            raise ConfigError("visual tokens cannot be injected while they are pruned; call vtprune.remove(model) first")
         yield

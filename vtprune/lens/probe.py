@@ -209,7 +209,7 @@ def lens(
 ) -> Lens:
     """Look at what the visual tokens of a prompt say.
 
-    The model runs once, without pruning (whatever is applied), as far as the last layer that is asked for. Memory beyond
+    The model runs once, without pruning or injection (whatever is applied), as far as the last layer that is asked for. Memory beyond
     the forward's own is bounded: scores are made block by block over the vocabulary, and kept are `topk` of them.
 
     Parameters
@@ -317,7 +317,7 @@ def watch_layers(family: Family, inputs: Mapping[str, Any], layers: Sequence[int
     """Run the model without pruning, and show `see` the rows at each of `layers` (ascending) as they come by."""
     last = len(family.lm.layers)
     notes: list[VisualTokens] = []
-    with using(family.model, None), watching(family, lambda call: notes.append(_of(call))) as engine:
+    with using(family.model, None), watching(family, lambda call: notes.append(_of(call)), entry=0) as engine:
 
         def look(layer: int, hidden: Tensor) -> None:
             call = engine.local.call
