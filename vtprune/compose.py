@@ -72,6 +72,10 @@ class Composed(Pruner):
         for member in self.members:
             member.check_model(width, projector)
 
+    def check_checkpoint(self, checkpoint: str, vocabulary: Tensor) -> None:
+        for member in self.members:
+            member.check_checkpoint(checkpoint, vocabulary)
+
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         lens, steps = self._counts(tokens, budget)
         left, starts = tokens, lens

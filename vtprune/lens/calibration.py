@@ -34,14 +34,14 @@ BUILT_IN = {"llava-1.5-7b-hf": "llava-1.5-7b.json", "llava-v1.5-7b": "llava-1.5-
 
 
 def class_names(given: str | Sequence[str], alive: bool = False) -> tuple[str, ...]:
-    """Names of classes, groups spelled out, in the order of `CLASSES`.
+    """Names of classes (a list, or with commas), groups spelled out, in the order of `CLASSES`.
 
     Raises
     ------
     ConfigError
         A name that is no class.
     """
-    names = [given] if isinstance(given, str) else list(given)
+    names = given.replace(" ", "").split(",") if isinstance(given, str) else list(given)
     known = (*CLASSES, *((ALIVE,) if alive else ()))
     groups = {name: part for name, part in GROUPS.items() if alive or name != "all"}
     for name in names:

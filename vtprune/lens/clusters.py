@@ -98,7 +98,7 @@ def calibrate(
         message = f"a calibration from {len(images)} pictures is a guess; give {ENOUGH} or more"
         warnings.warn(message, VTPruneWarning, stacklevel=2)
     family = find_family(model)
-    table = family.lm.get_input_embeddings().weight.detach()
+    table = family.vocabulary
     tokenizer = getattr(processor, "tokenizer", processor)
     inverse = inverse_norms(table, word_mask(family, len(table), tokenizer))
     unit, near, picture = _collect(model, processor, images, table, inverse, top)

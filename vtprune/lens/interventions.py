@@ -58,7 +58,7 @@ def skip(
     """
     family = find_family(model)
     plan = _sublayers(sublayers, len(family.lm.layers))
-    choose = _chooser(tokens, calibration, family.checkpoint, family.lm.get_input_embeddings().weight)
+    choose = _chooser(tokens, calibration, family.checkpoint, family.vocabulary)
     key = object()
 
     def mark(call: Call) -> None:
@@ -102,7 +102,7 @@ def _chooser(which: Which, calibration: Any, checkpoint: str, table: Tensor) -> 
     if set(names) == set(class_names("all", alive=True)):
         return lambda tokens: torch.ones_like(tokens.source, dtype=torch.bool)
     own = Calibration.of(calibration, checkpoint)
-    inverse = own.inverse(table.detach())
+    inverse = own.inverse(table)
 
     def choose(tokens: VisualTokens) -> Tensor:
         assert tokens.vocabulary is not None

@@ -245,7 +245,7 @@ def lens(
         raise InputError(f"topk={topk!r} counts no words; give a whole number from 1 on")
     family = find_family(model)
     wanted = check_layers(family, layers)
-    table = family.lm.get_input_embeddings().weight.detach()
+    table = family.vocabulary
     tokenizer = getattr(processor, "tokenizer", processor)
     inverse = inverse_norms(table, word_mask(family, len(table), tokenizer))
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}

@@ -123,6 +123,11 @@ class Family(ABC):
         """Where the model was loaded from: a folder, a hub name, or empty."""
         return str(getattr(self.config, "_name_or_path", "") or "")
 
+    @property
+    def vocabulary(self) -> Tensor:
+        """Input embeddings of the language model, ``[V, D]``; not a copy."""
+        return self.lm.get_input_embeddings().weight.detach()
+
     # -- the prompt ---------------------------------------------------------------------------------------------------
 
     @property
