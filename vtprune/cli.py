@@ -249,6 +249,73 @@ def evaluate(
     print(to_markdown(summary))
 
 
+@app.command("lens")
+def look(
+    image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, WebP.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name.")
+    ] = "pocket-llava",
+    layer: Annotated[
+        int | None, typer.Option(help="Whose words are on the patches; 0: before the first layer.", show_default="last")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="lens.png: a picture. lens.html: a page with all layers.")] = Path("lens.png"),
+    calibration: Annotated[
+        Path | None, typer.Option(help="Which tokens are sinks or dead.", show_default="the checkpoint's")
+    ] = None,
+    topk: Annotated[int, typer.Option(min=1, help="Words per patch and layer of a page.")] = 10,
+    device: Annotated[str | None, typer.Option(help="For example cpu or cuda:0.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default=False)] = None,
+) -> None:
+    """See what each visual token says: the word that it is nearest to, and whether it is sink, dead or alive."""
+    paged = out.suffix.lower() in (".html", ".htm")
+    if not paged and out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out} is neither a picture nor a page; name it .png or .html")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    picture = _open_image(image)
+    from .lens import Calibration
+
+    rule = None if calibration is None else Calibration.load(calibration)
+    with _quiet(False) as say:
+        say(f"loading {model}")
+        net, processor = _load(model, device, dtype)
+        from .lens import lens
+        from .models import find_family
+        from .models.loading import build_inputs
+        from .viz import lens_page, lens_picture, seen_image
+
+        inputs = build_inputs(net, processor, picture, "what is in the picture ?")
+        depth = len(find_family(net).lm.layers)
+        shown = depth if layer is None else layer
+        say("looking")
+        seen = lens(net, inputs, None if paged else sorted({0, shown}), max(3, topk), processor)
+        seen.at(shown)  # an unknown layer is an error before anything is drawn
+        note, categories = "", None
+        try:
+            categories = seen.categories(rule)
+        except ConfigError as error:
+            if rule is not None:
+                raise
+            note = f"not classified: {error}"
+        drawn = seen_image(processor, inputs, picture)
+        try:
+            if paged:
+                title = f"What {Path(model).name}'s visual tokens say about {image.name}"
+                out.write_text(lens_page(drawn, seen, shown, categories, title=title), encoding="utf-8")
+            else:
+                lens_picture(drawn, seen, shown, categories).save(out, format="PNG")
+        except OSError as error:
+            raise ConfigError(f"cannot write {out} ({error}); choose another path") from None
+    console = Console(highlight=False)
+    if categories is not None:
+        parts = [f"{name.replace('_', ' ')} {share:.1%}" for name, share in categories.shares().items()]
+        console.print(f"{len(seen)} visual tokens: {', '.join(parts)}", markup=False)
+    else:
+        console.print(f"{len(seen)} visual tokens", markup=False)
+        console.print("note:", note, markup=False, soft_wrap=True)
+    console.print(f"{'page' if paged else 'picture'}: {out}", markup=False)
+
+
 def _describe(cls: type[Pruner]) -> dict[str, Any]:
     """All that there is to say about a method."""
     from .models import served
