@@ -78,7 +78,13 @@ def pictures(task: str, split: str, count: int, seed: int = 0) -> list[Image.Ima
 
 def with_interval(values: Sequence[float], prefix: str = "") -> Row:
     found = stats.accuracy(np.asarray(values, float)[:, None], ["all"] * len(values))[0]
-    return dict(zip((prefix or "value", f"{prefix}{'_' * bool(prefix)}low", f"{prefix}{'_' * bool(prefix)}high"), found))
+    return dict(
+        zip(
+            (prefix or "value", f"{prefix}{'_' * bool(prefix)}low", f"{prefix}{'_' * bool(prefix)}high"),
+            found,
+            strict=True,
+        )
+    )
 
 
 # -- calibration and shares -------------------------------------------------------------------------------------------
@@ -92,7 +98,7 @@ def training_pictures(count: int, seed: int = 0) -> list[Image.Image]:
 def calibrate_it(bench: Bench) -> None:
     found = calibrate(bench.model, bench.processor, training_pictures(clusters.ENOUGH))
     path = found.save(EMBEDDED / bench.name)
-    print(path, found.words, found.evidence)
+    print(path, found.classes, found.words, found.evidence)
 
 
 def shares(bench: Bench) -> Iterator[Row]:
@@ -109,9 +115,13 @@ def shares(bench: Bench) -> Iterator[Row]:
                 continue
             for kind, found in clusters.shares(bench.model, bench.processor, images, rule).items():
                 anchors = " ".join(rule.words.get(kind, ()))
-                yield {"calibration": name, "task": task, "pictures": len(images), "class": kind, "anchors": anchors} | dict(
-                    zip(("share", "low", "high"), found, strict=True)
-                )
+                yield {
+                    "calibration": name,
+                    "task": task,
+                    "pictures": len(images),
+                    "class": kind,
+                    "anchors": anchors,
+                } | dict(zip(("share", "low", "high"), found, strict=True))
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
@@ -177,7 +187,7 @@ def words(bench: Bench) -> Iterator[Row]:
 def remove(bench: Bench) -> Iterator[Row]:
     """Accuracy without each class, and without as many random others."""
     rule = Calibration.find(bench.family.checkpoint)
-    wanted = [*rule.anchors, *(["dead,sink"] if len(rule.anchors) > 1 else [])]
+    wanted = [*rule.classes, *(["dead,sink"] if len(rule.classes) > 1 else [])]
     methods = ["dense", "question-only"]
     for name in wanted:
         methods += [f"embedlens mode=drop classes={name}", f"embedlens mode=only classes={name}"]
@@ -272,7 +282,7 @@ def skipping(bench: Bench) -> Iterator[Row]:
     for half in range(2 * bench.depth):
         add(f"{half / 2:g}", [half / 2], "all")
     layers = range(bench.depth)
-    for tokens in ("all", "alive", *rule.anchors):
+    for tokens in ("all", "alive", *rule.classes):
         add("attention", [float(layer) for layer in layers], tokens)
         add("mlp", [layer + 0.5 for layer in layers], tokens)
         add("both", [half / 2 for half in range(2 * bench.depth)], tokens)

@@ -212,7 +212,7 @@ def ask(
         console = Console(highlight=False)
         console.print(", ".join(details), style="dim")
         for note in report.notes:
-            console.print("note:", note, markup=False)
+            console.print("note: not classified:", seen.why, markup=False)
         if overlay is not None:
             console.print(f"kept patches: {overlay}", markup=False)
 
@@ -258,7 +258,9 @@ def look(
     layer: Annotated[
         int | None, typer.Option(help="Whose words are on the patches; 0: before the first layer.", show_default="last")
     ] = None,
-    out: Annotated[Path, typer.Option(help="lens.png: a picture. lens.html: a page with all layers.")] = Path("lens.png"),
+    out: Annotated[Path, typer.Option(help="lens.png: a picture. lens.html: a page with all layers.")] = Path(
+        "lens.png"
+    ),
     calibration: Annotated[
         Path | None, typer.Option(help="Which tokens are sinks or dead.", show_default="the checkpoint's")
     ] = None,
@@ -273,9 +275,10 @@ def look(
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     picture = _open_image(image)
-    from .lens import Calibration
+    if calibration is not None:
+        from .lens import Calibration
 
-    rule = None if calibration is None else Calibration.load(calibration)
+        Calibration.load(calibration)  # an unusable file is an error before the model is loaded
     with _quiet(False) as say:
         say(f"loading {model}")
         net, processor = _load(model, device, dtype)
@@ -288,15 +291,9 @@ def look(
         depth = len(find_family(net).lm.layers)
         shown = depth if layer is None else layer
         say("looking")
-        seen = lens(net, inputs, None if paged else sorted({0, shown}), max(3, topk), processor)
+        seen = lens(net, inputs, None if paged else shown, topk, processor, calibration)
         seen.at(shown)  # an unknown layer is an error before anything is drawn
-        note, categories = "", None
-        try:
-            categories = seen.categories(rule)
-        except ConfigError as error:
-            if rule is not None:
-                raise
-            note = f"not classified: {error}"
+        categories = seen.classes
         drawn = seen_image(processor, inputs, picture)
         try:
             if paged:
@@ -312,7 +309,7 @@ def look(
         console.print(f"{len(seen)} visual tokens: {', '.join(parts)}", markup=False)
     else:
         console.print(f"{len(seen)} visual tokens", markup=False)
-        console.print("note:", note, markup=False, soft_wrap=True)
+        console.print("note: not classified:", seen.why, markup=False, soft_wrap=True)
     console.print(f"{'page' if paged else 'picture'}: {out}", markup=False)
 
 

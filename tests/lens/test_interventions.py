@@ -156,7 +156,7 @@ def test_skipping_one_sublayer_is_that_sublayer_silenced() -> None:
 def test_classes_are_told_by_the_projected_rows(invented: Calibration) -> None:
     model = tiny.build("llava")
     sample = tiny.prompt(model, 2)
-    seen = vtprune.lens(model, sample, layers=0, topk=3).categories(invented)
+    seen = vtprune.lens(model, sample, layers=0, calibration=invented).categories()
     for name in ("dead", "sink", "alive", "all"):
         chosen = torch.from_numpy(seen.mask(name))
         with skip(model, [0.5, 2], tokens=name, calibration=invented):
@@ -189,7 +189,11 @@ def test_what_is_refused(invented: Calibration) -> None:
         with pytest.raises(ConfigError, match="while they are pruned"):
             entering(inject(model, 1))
         handle._engine.fired = True
-    with inject(model, 1), vtprune.using(model, "norm", keep=0.5), pytest.raises(ConfigError, match="while they are pr"):
+    with (
+        inject(model, 1),
+        vtprune.using(model, "norm", keep=0.5),
+        pytest.raises(ConfigError, match="while they are pr"),
+    ):
         model(**tiny.prompt(model, 1))
     with skip(model, [1], tokens=lambda t: t.source), pytest.raises(InputError, match="expected bool"):
         model(**tiny.prompt(model, 1))

@@ -98,7 +98,9 @@ def test_words_records_and_json(pocket: tuple[Any, Any], monkeypatch: pytest.Mon
     again = Lens.from_json(seen.to_json())
     for field in dataclasses.fields(Lens):
         mine, its = getattr(seen, field.name), getattr(again, field.name)
-        same = np.allclose(mine, its, atol=1e-4) if isinstance(mine, np.ndarray) else mine == its
+        same = np.allclose(mine, its, atol=1e-4) if isinstance(mine, np.ndarray) else mine is its or mine == its
+        if field.name == "classes":
+            same = np.array_equal(mine.members, its.members) and mine.names == its.names
         assert same, field.name
     records = list(seen.records())
     assert len(records) == 2 * 576 * 3
@@ -107,7 +109,9 @@ def test_words_records_and_json(pocket: tuple[Any, Any], monkeypatch: pytest.Mon
     assert records[-1]["row"] == records[-1]["column"] == 23 and records[-1]["layer"] == 6
 
     made: list[Any] = []
-    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=lambda rows: made.append(rows) or "frame"))
+    monkeypatch.setitem(
+        sys.modules, "pandas", types.SimpleNamespace(DataFrame=lambda rows: made.append(rows) or "frame")
+    )
     assert seen.to_pandas() == "frame" and made[0] == records
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(VTPruneError, match="pip install"):
@@ -133,12 +137,17 @@ def test_what_is_refused(invented: Calibration) -> None:
         vtprune.lens(model, tiny.prompt(model, 0))
     assert hook_count(model) == clean
     seen = vtprune.lens(model, sample, layers=[1], topk=2)
-    with pytest.raises(InputError, match="3 nearest"):
-        seen.categories(invented)
-    with pytest.raises(InputError, match="layer 0 was not looked at"):
-        vtprune.lens(model, sample, layers=[1], topk=3).categories(invented)
+    assert seen.layers == (1,) and seen.classes is None
     with pytest.raises(ConfigError, match="no calibration"):
-        vtprune.lens(model, sample, layers=[0], topk=3).categories()
+        seen.categories()
+    found = vtprune.lens(
+        model, sample, layers=[1], topk=2, calibration=invented
+    )  # classes are told at layer 0 all the same
+    assert found.layers == (1,) and np.array_equal(found.ids, seen.ids)
+    nearest = vtprune.lens(model, sample, layers=0, topk=3).ids[0]
+    for i, name in enumerate(found.categories().names):
+        by_words = np.isin(nearest, invented.anchors[name]).any(1)
+        assert np.array_equal(found.categories().members[:, i], by_words), name
 
 
 def test_ties_multiples_and_untrained_rows() -> None:

@@ -402,13 +402,11 @@ class Engine:
 
 
 @contextmanager
-def watching(
-    family: Family, watch: Callable[[Call], None] | None = None, entry: int | None = None
-) -> Iterator[Engine]:
+def watching(family: Family, watch: Callable[[Call], None] | None = None, entry: int | None = None) -> Iterator[Engine]:
     """Within this block and thread, `watch` is told of every prompt with pictures before the language model runs it.
 
-    It finds ``call.tokens`` and ``call.slots``, may note something in ``call.marks``, and hooks of its own find the call
-    in ``engine.local.call``. With an `entry`, visual tokens enter before that decoder layer instead of with the prompt.
+    It finds ``call.tokens`` and ``call.slots``, may note something in ``call.marks``, and its hooks find the call in
+    ``engine.local.call``. With an `entry`, visual tokens enter before that decoder layer instead of with the prompt.
     """
     with LOCK:
         engine = engine_of(family) or Engine(family)

@@ -81,7 +81,7 @@ def hold_back(
         )
     embeds, slots = kw["inputs_embeds"], call.slots
     assert slots is not None
-    batch, length, width = embeds.shape
+    length, width = embeds.shape[1:]
     positions = prompt_positions(family, call, kw.get("position_ids"), before, valid)
     next_original = pos.last_position(positions, valid) + 1
     if before is not None:  # a row that is all padding stays where it was

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..errors import InputError
 from .dispatch import resolve
 
-#: Most vocabulary rows, states, and numbers of the table that the PyTorch form has in fp32 at a time: whatever the sizes,
-#: it needs some 20 MiB beyond its inputs and results.
+#: Most vocabulary rows, states, and numbers of the table that the PyTorch form has in fp32 at a time: whatever the
+#: sizes, it needs some 20 MiB beyond its inputs and results.
 BLOCK_ROWS, BLOCK_STATES, BLOCK_NUMBERS = 4096, 256, 1 << 20
 #: Rows of the table shorter than this were never trained: padding and reserved ids.
 UNTRAINED = 1e-6

@@ -4,7 +4,8 @@
 EmbedLens (arXiv 2603.00510): a token belongs to a class if any of its three nearest words, by cosine to the input
 embeddings before the first layer, is one of the class's *anchors*. There is no threshold, and a token may belong to
 several classes. Anchors are words of one checkpoint, and mean nothing to another: without a calibration nothing is
-classified.
+classified. Where no words give a class away (a vocabulary may be too small for that), its *mean* does instead: a token
+belongs to it if its cosine to the mean is large enough. That is ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Categories:
         return [(*order, ALIVE)[i] for i in first]
 
     def mask(self, name: str) -> np.ndarray:
-        """``[T]`` bool: tokens of a class, of a group of classes (``"sink"``), or those ``"alive"``; none of a class that
-        the calibration does not know."""
+        """``[T]`` bool: tokens of a class, of a group of classes (``"sink"``), or those ``"alive"``; none of a class
+        that the calibration does not know."""
         parts = class_names(name, alive=True)
         out = np.zeros(len(self.members), bool)
         for part in parts:
@@ -111,7 +112,11 @@ class Calibration:
     width
         D, of the embeddings.
     anchors
-        Ids per class, for those classes that were found.
+        Ids per class, for those classes that words give away.
+    means
+        ``[D]`` mean of the unit rows per class that was found in pictures. Decides where a class has no anchors.
+    radius
+        Cosine to its mean from which on a token belongs to a class without anchors.
     excluded
         Ids below `vocabulary` that take no part: placeholders and padding.
     top
@@ -128,6 +133,8 @@ class Calibration:
     vocabulary: int
     width: int
     anchors: dict[str, tuple[int, ...]]
+    means: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    radius: float = 0.95
     excluded: tuple[int, ...] = ()
     top: int = 3
     words: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -136,17 +143,29 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
-            raise ConfigError(f"this calibration is of version {self.version}, and only {VERSION} is known; make it anew")
-        for name, ids in self.anchors.items():
+            raise ConfigError(
+                f"this calibration is of version {self.version}, and only {VERSION} is known; make it anew"
+            )
+        for name in (*self.anchors, *self.means):
             if name not in CLASSES:
                 raise ConfigError(f"the calibration names a class {name!r}; classes are {', '.join(CLASSES)}")
+        for name, mean in self.means.items():
+            if len(mean) != self.width:
+                raise ConfigError(f"the mean of {name!r} has {len(mean)} numbers; expected {self.width}")
+        for name, ids in self.anchors.items():
             if not ids or not all(isinstance(i, int) and 0 <= i < self.vocabulary for i in ids):
                 raise ConfigError(f"anchors of {name!r} are {ids!r}; expected ids from 0 to {self.vocabulary - 1}")
         if self.top < 1 or self.width < 1:
             raise ConfigError(f"the calibration has top={self.top} and width={self.width}; both are at least 1")
         object.__setattr__(self, "anchors", {c: tuple(self.anchors[c]) for c in CLASSES if c in self.anchors})
+        object.__setattr__(self, "means", {c: tuple(self.means[c]) for c in CLASSES if c in self.means})
         object.__setattr__(self, "excluded", tuple(self.excluded))
         object.__setattr__(self, "words", {name: tuple(words) for name, words in self.words.items()})
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Classes that it tells apart, C of them."""
+        return tuple(name for name in CLASSES if name in self.anchors or name in self.means)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -186,7 +205,9 @@ class Calibration:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read the calibration {path} ({error}); make one with vtprune.lens.calibrate") from None
+            raise ConfigError(
+                f"cannot read the calibration {path} ({error}); make one with vtprune.lens.calibrate"
+            ) from None
         return cls.from_dict(data)
 
     @classmethod
@@ -241,7 +262,7 @@ class Calibration:
         return inverse_norms(table, mask)
 
     def classify(self, rows: Tensor, table: Tensor, inverse: Tensor | None = None) -> Tensor:
-        """Which classes each row belongs to, ``[T, C]`` bool on the device of the rows; C as in `anchors`.
+        """Which of `classes` each row belongs to, ``[T, C]`` bool on the device of the rows.
 
         It counts the words that are nearer than an anchor, and never makes a list of words.
 
@@ -257,17 +278,32 @@ class Calibration:
         if rows.ndim != 2:
             raise InputError(f"rows have shape {tuple(rows.shape)}; give [tokens, {self.width}]")
         inverse = self.inverse(table) if inverse is None else inverse
-        ids = torch.tensor([i for own in self.anchors.values() for i in own], dtype=torch.int64).to(rows.device)
-        near = lens_rank(rows, table, ids, inverse=inverse) < self.top
-        parts = near.split([len(own) for own in self.anchors.values()], 1) if self.anchors else ()
-        return torch.stack([part.any(1) for part in parts], 1) if parts else near.new_zeros(len(rows), 0)
+        found = {name: self._cosine(rows, name) >= self.radius for name in self.classes if name not in self.anchors}
+        if self.anchors:
+            ids = torch.tensor([i for own in self.anchors.values() for i in own], dtype=torch.int64).to(rows.device)
+            near = lens_rank(rows, table, ids, inverse=inverse) < self.top
+            parts = near.split([len(own) for own in self.anchors.values()], 1)
+            found |= {name: part.any(1) for name, part in zip(self.anchors, parts, strict=True)}
+        if not found:
+            return torch.zeros(len(rows), 0, dtype=torch.bool, device=rows.device)
+        return torch.stack([found[name] for name in self.classes], 1)
+
+    def _cosine(self, rows: Tensor, name: str) -> Tensor:
+        """Cosine of each row to the mean of a class, ``[T]`` fp32."""
+        mean = torch.tensor(self.means[name], dtype=torch.float32).to(rows.device)
+        return torch.cosine_similarity(rows.float(), mean[None], dim=1)
 
     def similarity(self, rows: Tensor, table: Tensor, classes: Sequence[str], inverse: Tensor | None = None) -> Tensor:
-        """Largest cosine of each row to an anchor of these classes, ``[T]`` fp32; NaN for rows with NaN."""
-        ids = torch.tensor([i for name in classes for i in self.anchors.get(name, ())], dtype=torch.int64).to(rows.device)
-        inverse = self.inverse(table) if inverse is None else inverse
-        anchors = table[ids].float() * inverse[ids][:, None]
+        """How much like these classes each row is, ``[T]`` fp32: its largest cosine to one of their means, or, of classes
+        without, to one of their anchors; NaN for rows with NaN."""
         rows = rows.float()
-        with torch.autocast(rows.device.type, enabled=False):
-            cosines = (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)) @ anchors.T
-        return cosines.amax(1)
+        found = [self._cosine(rows, name) for name in classes if name in self.means]
+        ids = [i for name in classes if name not in self.means for i in self.anchors.get(name, ())]
+        if ids:
+            at = torch.tensor(ids, dtype=torch.int64).to(rows.device)
+            inverse = self.inverse(table) if inverse is None else inverse
+            anchors = table[at].float() * inverse[at][:, None]
+            with torch.autocast(rows.device.type, enabled=False):
+                unit = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
+                found += (unit @ anchors.T).unbind(1)
+        return torch.stack(found, 1).amax(1)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration: which visual tokens of a checkpoint are the same in every picture, and which words give them away.
 
-EmbedLens (arXiv 2603.00510) describes the classes, but its clustering was not released; this one follows the description.
-Projected tokens of many pictures are clustered by cosine. A *sink* is a small cluster whose mean is the same in every
-picture; *dead* is the largest cluster that changes little from picture to picture; all else is *alive*. A sink that looks
-like the first token of the prompt after two decoder layers is an LLM sink, any other a ViT sink. Anchors of a class are
-words that are among the three nearest of nearly all of its tokens, and of hardly any other.
+EmbedLens (arXiv 2603.00510) describes the classes, but its clustering was not released; this one follows the
+description. Projected tokens of many pictures are clustered by cosine. A *sink* is a small cluster whose mean is the same
+in every picture; *dead* is the largest cluster that changes little from picture to picture; all else is *alive*. A sink
+that looks like the first token of the prompt after two decoder layers is an LLM sink, any other a ViT sink. Anchors of a
+class are words that are among the three nearest of nearly all of its tokens, and of hardly any other.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 ENOUGH = 200
 #: Clusters that k-means starts from, its steps, and the tokens that it sees.
 CLUSTERS, STEPS, SAMPLE = 16, 20, 20_000
-#: Clusters whose means are at least so alike are one.
+#: Clusters whose means are at least so alike are one, and tokens at least so like its mean belong to one.
 SAME = 0.95
+#: k-means gives every token to some cluster; each closes in on its core by dropping what is less like its mean than
+#: this.
+CLOSING = (0.8, 0.9, SAME)
 #: Mean cosine between the means of a cluster in different pictures, from which on it counts as the same everywhere.
 SINK_COSINE, DEAD_COSINE = 0.99, 0.95
 #: Share of pictures in which such a cluster must occur, and the largest share of tokens of a sink.
@@ -84,8 +87,8 @@ def calibrate(
     Returns
     -------
     Calibration
-        A class that was not found, or has no anchors, is missing from `anchors`; ``evidence`` says why. Save it into the
-        checkpoint's folder, where it will be found.
+        A class that was not found is missing; ``evidence`` says so. Save it into the checkpoint's folder, where it will
+        be found.
 
     Warns
     -----
@@ -93,7 +96,9 @@ def calibrate(
         Fewer than 200 pictures.
     """
     if len(images) < 2 or not seeds:
-        raise InputError(f"{len(images)} pictures and {len(seeds)} seeds; give two pictures or more, and a seed or more")
+        raise InputError(
+            f"{len(images)} pictures and {len(seeds)} seeds; give two pictures or more, and a seed or more"
+        )
     if len(images) < ENOUGH:
         message = f"a calibration from {len(images)} pictures is a guess; give {ENOUGH} or more"
         warnings.warn(message, VTPruneWarning, stacklevel=2)
@@ -107,12 +112,13 @@ def calibrate(
     votes = {name: torch.zeros(len(unit)) for name in CLASSES}
     per_seed: dict[str, list[dict[str, float]]] = {name: [] for name in CLASSES}
     for seed in seeds:
-        for name, cluster in _classes(_clusters(unit, picture, seed), first, picture).items():
+        for name, cluster in _classes(_clusters(unit, picture, seed), first).items():
             votes[name] += cluster.inside
             found = {"seed": seed, "share": cluster.share, "presence": cluster.presence}
             per_seed[name].append(found | {"cross": cluster.cross, "intra": cluster.intra})
 
     anchors: dict[str, tuple[int, ...]] = {}
+    means: dict[str, tuple[float, ...]] = {}
     evidence: dict[str, Any] = {"pictures": len(images), "tokens": len(unit), "seeds": list(seeds), "classes": {}}
     for name in CLASSES:
         inside = votes[name] > len(seeds) / 2
@@ -121,12 +127,14 @@ def calibrate(
             ids, coverage, leak = find_anchors(near, inside, len(table))
             entry |= {"share": round(float(inside.float().mean()), 4)}
             entry |= {"coverage": round(coverage, 4), "leak": round(leak, 4)}
+            mean = torch.nn.functional.normalize(unit[inside].sum(0), dim=0)
+            means[name] = tuple(round(x, 5) for x in mean.tolist())
             if coverage >= COVERAGE:
                 anchors[name] = ids
             else:
-                entry["missing"] = "found, but no words give it away"
+                entry["note"] = "no words give it away; told by its mean"
         else:
-            entry["missing"] = "no such cluster"
+            entry["note"] = "no such cluster"
         evidence["classes"][name] = entry
     words = {name: tuple(spell(tokenizer, i) for i in ids) for name, ids in anchors.items()}
     excluded = tuple(i for i in excluded_ids(family) if i < len(tokenizer))
@@ -135,6 +143,8 @@ def calibrate(
         vocabulary=min(len(tokenizer), len(table)),
         width=table.shape[1],
         anchors=anchors,
+        means=means,
+        radius=SAME,
         excluded=excluded,
         top=top,
         words=words,
@@ -169,14 +179,11 @@ def shares(
 
 def each(model: nn.Module, processor: Any, image: Image.Image, calibration: Calibration | None = None) -> Categories:
     """Classes of the visual tokens of one picture."""
-    calibration = calibration or Calibration.find(find_family(model).checkpoint)
     inputs = build_inputs(model, processor, image, QUESTION)
-    return lens(model, inputs, layers=0, topk=calibration.top, processor=processor).categories(calibration)
+    return lens(model, inputs, layers=0, topk=1, calibration=calibration).categories()
 
 
-def intervals(
-    found: Sequence[dict[str, float]], draws: int = stats.DRAWS, seed: int = 0
-) -> dict[str, stats.Interval]:
+def intervals(found: Sequence[dict[str, float]], draws: int = stats.DRAWS, seed: int = 0) -> dict[str, stats.Interval]:
     """Mean over pictures of each share, with its interval."""
     names = [*CLASSES, ALIVE]
     names = [name for name in names if name in found[0]]
@@ -223,8 +230,16 @@ def _clusters(unit: Tensor, picture: Tensor, seed: int) -> list[_Cluster]:
     generator = torch.Generator().manual_seed(seed)
     sample = unit[torch.randperm(len(unit), generator=generator)[:SAMPLE]]
     means = _merge(sample, _spherical_kmeans(sample, CLUSTERS, generator))
-    label = (unit @ means.T).argmax(1)
-    found = [_describe(unit, label == c, picture) for c in range(len(means)) if bool((label == c).any())]
+    for radius in CLOSING:
+        cosine, label = (sample @ means.T).max(1)
+        near = cosine >= radius
+        sums = torch.zeros_like(means).index_add_(0, label[near], sample[near])
+        means = torch.nn.functional.normalize(sums[sums.any(1)], dim=1)
+        if not len(means):  # no two tokens are alike
+            return []
+    cosine, label = (unit @ means.T).max(1)
+    insides = [(label == c) & (cosine >= SAME) for c in range(len(means))]
+    found = [_describe(unit, inside, picture) for inside in insides if bool(inside.any())]
     return sorted(found, key=lambda cluster: -cluster.share)
 
 
@@ -275,15 +290,14 @@ def _describe(unit: Tensor, inside: Tensor, picture: Tensor) -> _Cluster:
     return _Cluster(mean, inside, share, presence, cross, float((rows @ mean).mean()))
 
 
-def _classes(clusters: Sequence[_Cluster], first: Tensor, picture: Tensor) -> dict[str, _Cluster]:
+def _classes(clusters: Sequence[_Cluster], first: Tensor) -> dict[str, _Cluster]:
     """Which cluster is which class; of several sinks of one kind, the largest."""
     found: dict[str, _Cluster] = {}
     for cluster in clusters:
-        if "dead" not in found and cluster.cross >= DEAD_COSINE and cluster.presence >= DEAD_PRESENCE:
-            if cluster.share > SINK_SHARE or cluster.cross <= SINK_COSINE:
-                found["dead"] = cluster
-                continue
-        if cluster.cross > SINK_COSINE and cluster.presence >= SINK_PRESENCE and cluster.share <= SINK_SHARE:
+        everywhere = cluster.cross >= DEAD_COSINE and cluster.presence >= DEAD_PRESENCE
+        if "dead" not in found and everywhere and (cluster.share > SINK_SHARE or cluster.cross <= SINK_COSINE):
+            found["dead"] = cluster
+        elif cluster.cross > SINK_COSINE and cluster.presence >= SINK_PRESENCE and cluster.share <= SINK_SHARE:
             seen = cluster.inside[: len(first)]
             like = float(first[seen].mean()) if bool(seen.any()) else 0.0
             found.setdefault("llm_sink" if like >= FIRST_TOKEN_COSINE else "vit_sink", cluster)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much one visual token holds: EmbedLens-style patch compression, rebuilt from the paper's description.
 
-The original benchmark (EmbedLens, arXiv 2603.00510) was not released. As described, it puts one object, colour, count or
-character inside exactly one visual patch and asks for it. Numbers of this rebuild are not those of the paper.
+The original benchmark (EmbedLens, arXiv 2603.00510) was not released. As described, it puts one object, colour, count
+or character inside exactly one visual patch and asks for it. Numbers of this rebuild are not those of the paper.
 
 A picture is one colour, cut into the patches of visual tokens; one of them has something drawn strictly inside it. What
 the model may call it follows from the caller's questions.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acting on what the lens shows: sublayers skipped for some visual tokens, and visual tokens injected at a later layer.
 
-Both last as long as their ``with`` block, in its thread, and hold for forwards and for ``generate()``. To remove tokens of
-a class, apply the method ``embedlens``; to remove all of them after a layer, ``visual-exit``.
+Both last as long as their ``with`` block, in its thread, and hold for forwards and for ``generate()``. To remove tokens
+of a class, apply the method ``embedlens``; to remove all of them after a layer, ``visual-exit``.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def skip(
     model
         A stock transformers model of a supported family.
     sublayers
-        In the paper's notation: n is the attention of decoder layer n (from 0), n + 0.5 its MLP. Empty: nothing changes.
+        In the paper's notation: n is the attention of decoder layer n (from 0), n + 0.5 its MLP. Empty: nothing
+        changes.
     tokens
-        ``"all"``, a class or several (``"dead"``, ``"vit_sink"``, ``"llm_sink"``, ``"sink"``, ``"alive"``), or a function
-        from `VisualTokens` to ``[T]`` bool.
+        ``"all"``, a class or several (``"dead"``, ``"vit_sink"``, ``"llm_sink"``, ``"sink"``, ``"alive"``), or a
+        function from `VisualTokens` to ``[T]`` bool.
     calibration
         Where classes are named: a `Calibration`, the path of one, or None for that of the checkpoint.
 
@@ -73,9 +74,7 @@ def skip(
 
     with watching(family, mark if plan else None) as engine:
         hook = functools.partial(_silence, engine, key)
-        handles = [
-            getattr(family.lm.layers[layer], name).register_forward_hook(hook) for layer, name in plan
-        ]
+        handles = [getattr(family.lm.layers[layer], name).register_forward_hook(hook) for layer, name in plan]
         try:
             yield
         finally:
@@ -107,7 +106,7 @@ def _chooser(which: Which, calibration: Any, checkpoint: str, table: Tensor) -> 
     def choose(tokens: VisualTokens) -> Tensor:
         assert tokens.vocabulary is not None
         member = own.classify(tokens.features, tokens.vocabulary, inverse)
-        columns = [i for i, name in enumerate(own.anchors) if name in names]
+        columns = [i for i, name in enumerate(own.classes) if name in names]
         chosen = member[:, columns].any(1)
         return chosen | ~member.any(1) if ALIVE in names else chosen
 
@@ -133,8 +132,8 @@ def _silence(engine: Engine, key: object, _module: nn.Module, _args: tuple[Any, 
 def inject(model: nn.Module, layer: int) -> Iterator[None]:
     """Within this block, visual tokens are injected before decoder layer `layer`, and do not come with the prompt.
 
-    Layers below run on the text alone, whose positions keep the gaps where pictures stand; at `layer` the projected rows
-    are put in as they are. Layers below cache text alone, layers from there on everything, and decoding goes on with
+    Layers below run on the text alone, whose positions keep the gaps where pictures stand; at `layer` the projected
+    rows are put in as they are. Layers below cache text alone, layers from there on everything, and decoding goes on with
     both. ``layer=0`` is the model as it is, to the bit.
 
     EmbedLens (arXiv 2603.00510), mid-layer injection. Deviation: newlines among the views of an AnyRes picture come out
@@ -158,5 +157,7 @@ def inject(model: nn.Module, layer: int) -> Iterator[None]:
         raise ConfigError(f"layer={layer!r} is not there; visual tokens can enter before layers 0 to {last}")
     with watching(family, entry=layer) as engine:
         if layer and engine.active_job() is not None:
-            raise ConfigError("visual tokens cannot be injected while they are pruned; call vtprune.remove(model) first")
+            raise ConfigError(
+                "visual tokens cannot be injected while they are pruned; call vtprune.remove(model) first"
+            )
         yield

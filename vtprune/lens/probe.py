@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,7 @@ from ..kernels.lens_topk import inverse_norms, lens_topk
 from ..models import find_family
 from ..models.base import Family
 from ..tokens import VisualTokens
-
-if TYPE_CHECKING:
-    from .calibration import Calibration, Categories
+from .calibration import Calibration, Categories
 
 FORMAT = 1
 
@@ -74,6 +72,8 @@ class Lens:
         The word of every id that occurs; empty without a processor.
     checkpoint
         Where the model was loaded from.
+    classes, why
+        What `categories` returns; where that is nothing, the reason.
     """
 
     layers: tuple[int, ...]
@@ -83,6 +83,8 @@ class Lens:
     views: tuple[View, ...]
     words: dict[int, str] = field(default_factory=dict)
     checkpoint: str = ""
+    classes: Categories | None = None
+    why: str = ""
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -103,31 +105,17 @@ class Lens:
         """The word of an id, or the id where no word is known."""
         return self.words.get(number, f"#{number}")
 
-    def categories(self, calibration: Calibration | None = None) -> Categories:
-        """Sink, dead or alive: the class of each token, from its nearest words at layer 0.
-
-        Parameters
-        ----------
-        calibration
-            Default: the one that belongs to the checkpoint.
+    def categories(self) -> Categories:
+        """Sink, dead or alive: the classes of each token, told by its projected row whatever the layers.
 
         Raises
         ------
         ConfigError
-            There is none: what words mean differs from checkpoint to checkpoint.
-        InputError
-            Layer 0 was not looked at, or too few words of it.
+            There was no calibration: what words mean differs from checkpoint to checkpoint.
         """
-        from .calibration import Calibration, Categories
-
-        calibration = calibration or Calibration.find(self.checkpoint)
-        top = calibration.top
-        if self.ids.shape[2] < top:
-            raise InputError(f"classes need the {top} nearest words, but topk={self.ids.shape[2]}; look again")
-        nearest = self.ids[self.at(0)][:, :top]
-        names = tuple(calibration.anchors)
-        members = [np.isin(nearest, calibration.anchors[name]).any(1) for name in names]
-        return Categories(names, np.stack(members, 1) if members else np.zeros((len(self), 0), bool))
+        if self.classes is None:
+            raise ConfigError(self.why or "these tokens were not classified; look again with a calibration")
+        return self.classes
 
     def records(self) -> Iterator[dict[str, Any]]:
         """One row per layer, token and rank."""
@@ -163,6 +151,9 @@ class Lens:
                 "views": [asdict(view) for view in self.views],
                 "coords": self.coords.tolist(),
                 "words": self.words,
+                "classes": None if self.classes is None else list(self.classes.names),
+                "members": None if self.classes is None else self.classes.members.astype(int).tolist(),
+                "why": self.why,
                 "ids": self.ids.tolist(),
                 "cosines": np.round(self.cosines.astype(float), 4).tolist(),
             }
@@ -184,6 +175,10 @@ class Lens:
             views = tuple(View(**{**v, "grid": tuple(v["grid"]), "box": tuple(v["box"])}) for v in data["views"])
             shape = (len(data["layers"]), sum(v.count for v in views), -1)
             cosines = np.array(data["cosines"], np.float32).reshape(shape)  # None becomes NaN
+            classes = None
+            if data["classes"] is not None:
+                members = np.array(data["members"], bool).reshape(shape[1], len(data["classes"]))
+                classes = Categories(tuple(data["classes"]), members)
             return cls(
                 tuple(data["layers"]),
                 np.array(data["ids"], np.int64).reshape(shape),
@@ -192,6 +187,8 @@ class Lens:
                 views,
                 {int(number): word for number, word in data["words"].items()},
                 data["checkpoint"],
+                classes,
+                data["why"],
             )
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, ConfigError):
@@ -206,11 +203,13 @@ def lens(
     layers: int | Sequence[int] | None = None,
     topk: int = 10,
     processor: Any = None,
+    calibration: Any = None,
 ) -> Lens:
     """Look at what the visual tokens of a prompt say.
 
-    The model runs once, without pruning or injection (whatever is applied), as far as the last layer that is asked for. Memory beyond
-    the forward's own is bounded: scores are made block by block over the vocabulary, and kept are `topk` of them.
+    The model runs once, without pruning or injection (whatever is applied), as far as the last layer that is asked for.
+    Memory beyond the forward's own is bounded: scores are made block by block over the vocabulary, and of each token
+    and layer only the `topk` best are kept.
 
     Parameters
     ----------
@@ -225,6 +224,8 @@ def lens(
     processor
         The model's processor, or its tokenizer: names the words, and ids that it does not know are left out. Left out
         always: placeholders, padding, and embeddings that were never trained.
+    calibration
+        For `Lens.categories`: a `Calibration`, the path of one, or None for that of the checkpoint, if it has one.
 
     Returns
     -------
@@ -249,17 +250,30 @@ def lens(
     tokenizer = getattr(processor, "tokenizer", processor)
     inverse = inverse_norms(table, word_mask(family, len(table), tokenizer))
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    rule, classes, why = None, None, ""
+    try:
+        rule = Calibration.of(calibration, family.checkpoint)
+    except ConfigError as error:
+        if calibration is not None:
+            raise
+        why = str(error)
 
     def see(layer: int, rows: Tensor, _hidden: Tensor) -> None:
+        nonlocal classes
+        if layer == 0 and rule is not None:
+            classes = Categories(rule.classes, rule.classify(rows, table.to(rows.device)).cpu().numpy())
+        if layer not in wanted:
+            return
         values, ids = lens_topk(rows, table.to(rows.device), topk, inverse=inverse.to(rows.device))
         found[layer] = ids.cpu().numpy(), values.cpu().numpy()
 
-    tokens = watch_layers(family, inputs, wanted, see)
+    tokens = watch_layers(family, inputs, wanted if rule is None else sorted({0, *wanted}), see)
     ids, cosines = (np.stack([found[layer][i] for layer in wanted]) for i in range(2))
     words: dict[int, str] = {}
     if tokenizer is not None:
         words = {int(i): spell(tokenizer, int(i)) for i in np.unique(ids) if i >= 0}
-    return Lens(wanted, ids, cosines, tokens.coords.cpu().numpy(), views_of(tokens), words, family.checkpoint)
+    coords, views = tokens.coords.cpu().numpy(), views_of(tokens)
+    return Lens(wanted, ids, cosines, coords, views, words, family.checkpoint, classes, why)
 
 
 def check_layers(family: Family, layers: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -270,15 +284,17 @@ def check_layers(family: Family, layers: int | Sequence[int] | None) -> tuple[in
     wanted = [layers] if isinstance(layers, int) else list(layers)
     for layer in wanted:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= last:
-            raise InputError(f"layer {layer!r} is not there; this model has 0 (projected rows) to {last} (its last one)")
+            raise InputError(
+                f"layer {layer!r} is not there; this model has 0 (projected rows) to {last} (its last one)"
+            )
     if not wanted:
         raise InputError("layers is empty; name at least one, or leave it out for all of them")
     return tuple(sorted(set(wanted)))
 
 
 def word_mask(family: Family, size: int, tokenizer: Any) -> Tensor:
-    """Rows of the embedding table that are words, ``[size]`` bool: neither placeholders nor padding, nor ids beyond those
-    of the tokenizer, which pad the table to a round number."""
+    """Rows of the embedding table that are words, ``[size]`` bool: neither placeholders nor padding, nor ids beyond
+    those of the tokenizer, which pad the table to a round number."""
     mask = torch.ones(size, dtype=torch.bool)
     for number in excluded_ids(family):
         if number < size:
@@ -335,7 +351,9 @@ def watch_layers(family: Family, inputs: Mapping[str, Any], layers: Sequence[int
                 return notes[0]
             finally:
                 engine._leave()
-    raise InputError("the inputs have no pictures, so there is nothing to see; pass what the model's processor returned")
+    raise InputError(
+        "the inputs have no pictures, so there is nothing to see; pass what the model's processor returned"
+    )
 
 
 def _of(call: Call) -> VisualTokens:
@@ -344,9 +362,7 @@ def _of(call: Call) -> VisualTokens:
 
 
 @contextmanager
-def _hooks(
-    family: Family, layers: Sequence[int], last: int, look: Callable[[int, Tensor], None]
-) -> Iterator[None]:
+def _hooks(family: Family, layers: Sequence[int], last: int, look: Callable[[int, Tensor], None]) -> Iterator[None]:
     def before(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             look(layer, args[0] if args else kwargs["hidden_states"])

@@ -28,7 +28,7 @@ class EmbedLensPruner(Pruner):
 
     Paper: EmbedLens, arXiv 2603.00510 (see `vtprune.lens`). A checkpoint needs a calibration; without one the method is
     refused. Deviations: the paper has no budget (that is ``mode="drop"``), ranking by likeness to the anchors is ours;
-    an image that would lose every token keeps the one that is least like an anchor; the control is seeded, and a control
+    an image that would lose every token keeps the one that is least like an anchor; the control is seeded, and one
     with nothing to match drops nothing (the paper's code then drops everything).
 
     Parameters
@@ -39,7 +39,7 @@ class EmbedLensPruner(Pruner):
         ``keep=1.0``, which drops nothing). ``"control"``: as many tokens as that of each image, but at random from all
         others. ``"only"``: drop all the others.
     classes
-        One or several of ``"dead"``, ``"vit_sink"``, ``"llm_sink"`` and ``"sink"`` (both sinks), as a list or with commas.
+        One or several of ``"dead"``, ``"vit_sink"``, ``"llm_sink"`` and ``"sink"`` (both sinks): a list, or with commas.
     seed
         Of the control; not negative.
     calibration
@@ -66,7 +66,9 @@ class EmbedLensPruner(Pruner):
             raise ConfigError(f"seed={self.seed!r} cannot seed a generator; give a whole number from 0 on")
         self._made: tuple[Any, Calibration, Tensor] | None = None
         if self.mode != "rank":
-            self.__dict__.update(adaptive=True, ordered=False)  # what the class says about itself, an instance says here
+            self.__dict__.update(
+                adaptive=True, ordered=False
+            )  # what the class says about itself, an instance says here
 
     def check_checkpoint(self, checkpoint: str, vocabulary: Tensor) -> None:
         self._rule(checkpoint, vocabulary)
@@ -76,10 +78,10 @@ class EmbedLensPruner(Pruner):
         key = (checkpoint, table.data_ptr(), table.shape, table.device)
         if self._made is None or self._made[0] != key:
             rule = Calibration.of(self.calibration, checkpoint)
-            if not any(name in rule.anchors for name in self.names):
+            if not any(name in rule.classes for name in self.names):
                 raise ConfigError(
-                    f"the calibration of {rule.checkpoint} has no anchors for {', '.join(self.names)}, only for "
-                    f"{', '.join(rule.anchors) or 'nothing'}; name other classes"
+                    f"the calibration of {rule.checkpoint} knows nothing of {', '.join(self.names)}, only of "
+                    f"{', '.join(rule.classes) or 'no class'}; name other classes"
                 )
             self._made = (key, rule, rule.inverse(table))
         return self._made[1], self._made[2]
@@ -88,7 +90,7 @@ class EmbedLensPruner(Pruner):
         """Tokens of `classes`, ``[T]`` bool."""
         table = self._table(tokens)
         rule, inverse = self._rule(tokens.checkpoint, table)
-        columns = [i for i, name in enumerate(rule.anchors) if name in self.names]
+        columns = [i for i, name in enumerate(rule.classes) if name in self.names]
         return rule.classify(tokens.features, table, inverse)[:, columns].any(1)
 
     def score(self, tokens: VisualTokens) -> Tensor:
@@ -110,10 +112,9 @@ class EmbedLensPruner(Pruner):
         if self.mode == "rank":
             return super().select(tokens, budget, stage)
         member = self.member(tokens)
+        drop = ~member if self.mode == "only" else member
         if self.mode == "control":
             drop = self._matched(tokens, member)
-        else:
-            drop = member if self.mode == "drop" else ~member
         # No image goes blind: its best token stays.
         best = reference.topk(self._score(tokens, drop), tokens.image_lens, [min(1, n) for n in tokens.image_lens])
         return Selection.from_mask((~drop).index_fill(0, best, True), tokens, mode=self.mode)

@@ -265,7 +265,9 @@ def lens_page(
                         "at": [int(x) for x in seen.coords[t].round()],
                         "class": order[labels[t]],
                         "words": [[number.get(int(i), -1) for i in ids] for ids in seen.ids[:, t]],
-                        "cosines": [[round(float(c), 3) if math.isfinite(c) else 0 for c in cs] for cs in seen.cosines[:, t]],
+                        "cosines": [
+                            [round(float(c), 3) if math.isfinite(c) else 0 for c in cs] for cs in seen.cosines[:, t]
+                        ],
                     }
                     for t in tokens
                 ],
@@ -276,7 +278,7 @@ def lens_page(
         "layers": list(seen.layers),
         "layer": seen.at(layer),
         "words": [seen.word(i) for i in vocabulary],
-        "classes": [{"name": NAMES.get(n, n), "color": "#%02x%02x%02x" % c} for n, c in COLORS.items()],
+        "classes": [{"name": NAMES.get(n, n), "color": "#{:02x}{:02x}{:02x}".format(*c)} for n, c in COLORS.items()],
         "legend": [[order[name], text] for name, text in _counted(mine)],
         "panels": panels,
     }
