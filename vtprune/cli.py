@@ -212,7 +212,7 @@ def ask(
         console = Console(highlight=False)
         console.print(", ".join(details), style="dim")
         for note in report.notes:
-            console.print("note: not classified:", seen.why, markup=False)
+            console.print("note:", note, markup=False)
         if overlay is not None:
             console.print(f"kept patches: {overlay}", markup=False)
 

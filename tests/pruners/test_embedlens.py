@@ -46,8 +46,8 @@ def test_the_analytic_vectors() -> None:
 
 
 ROWS = torch.tensor([[0.0, 2], [1, -0.5], [-3, 0.1], [-1, -1], [1, 1]])
-# Three nearest of the four, that is, all but the farthest. Row 0: words 0 and 2 tie, and the higher id is out; row 1: 2 is
-# out; row 2: 0 is out; row 3: 3 is out, with -.99; row 4: 2 is out.
+# Three nearest of the four, that is, all but the farthest. Row 0: words 0 and 2 tie, and the higher id is out; row 1:
+# 2 is out; row 2: 0 is out; row 3: 3 is out, with -.99; row 4: 2 is out.
 
 
 def test_drop_only_and_control() -> None:

@@ -72,7 +72,7 @@ class Categories:
     @property
     def alive(self) -> np.ndarray:
         """``[T]`` bool."""
-        return ~self.members.any(1)
+        return np.logical_not(self.members.any(1))
 
     @property
     def labels(self) -> list[str]:
@@ -294,8 +294,8 @@ class Calibration:
         return torch.cosine_similarity(rows.float(), mean[None], dim=1)
 
     def similarity(self, rows: Tensor, table: Tensor, classes: Sequence[str], inverse: Tensor | None = None) -> Tensor:
-        """How much like these classes each row is, ``[T]`` fp32: its largest cosine to one of their means, or, of classes
-        without, to one of their anchors; NaN for rows with NaN."""
+        """How much like these classes each row is, ``[T]`` fp32: its largest cosine to one of their means, or, of
+        classes without, to one of their anchors; NaN for rows with NaN."""
         rows = rows.float()
         found = [self._cosine(rows, name) for name in classes if name in self.means]
         ids = [i for name in classes if name not in self.means for i in self.anchors.get(name, ())]

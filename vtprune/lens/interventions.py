@@ -133,8 +133,8 @@ def inject(model: nn.Module, layer: int) -> Iterator[None]:
     """Within this block, visual tokens are injected before decoder layer `layer`, and do not come with the prompt.
 
     Layers below run on the text alone, whose positions keep the gaps where pictures stand; at `layer` the projected
-    rows are put in as they are. Layers below cache text alone, layers from there on everything, and decoding goes on with
-    both. ``layer=0`` is the model as it is, to the bit.
+    rows are put in as they are. Layers below cache text alone, layers from there on everything, and decoding goes on
+    with both. ``layer=0`` is the model as it is, to the bit.
 
     EmbedLens (arXiv 2603.00510), mid-layer injection. Deviation: newlines among the views of an AnyRes picture come out
     of the projector too, and enter together with the tokens.

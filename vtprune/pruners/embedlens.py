@@ -39,7 +39,7 @@ class EmbedLensPruner(Pruner):
         ``keep=1.0``, which drops nothing). ``"control"``: as many tokens as that of each image, but at random from all
         others. ``"only"``: drop all the others.
     classes
-        One or several of ``"dead"``, ``"vit_sink"``, ``"llm_sink"`` and ``"sink"`` (both sinks): a list, or with commas.
+        One or several of ``"dead"``, ``"vit_sink"``, ``"llm_sink"`` and ``"sink"`` (both): a list, or with commas.
     seed
         Of the control; not negative.
     calibration

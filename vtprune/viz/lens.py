@@ -34,7 +34,7 @@ CELL, LARGEST = 46, 1800
 #: Width of a picture in the page.
 PAGE_WIDTH = 720
 
-_PAPER, _INK = (255, 255, 255), (32, 33, 36)
+_PAPER, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (150, 176, 196)
 _TINT, _DIM = 0.42, 0.55  # how much of the class's colour, and of the brightness of a dead patch
 _GAP, _LINE = 12, 30
 
@@ -85,7 +85,7 @@ def lens_picture(
         size = (width, max(1, round(width * panel.picture.height / panel.picture.width)))
         canvas = panel.picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
         canvas = _tinted(canvas, [(rects[t], labels[t]) for t in tokens])
-        _write(canvas, [(rects[t], seen.word(int(seen.ids[at, t, 0]))) for t in tokens])
+        _write(canvas, [(rects[t], seen.word(int(seen.ids[at, t, 0])), labels[t]) for t in tokens])
         if panel.title:
             _tag(canvas, panel.title)
         drawn.append(canvas)
@@ -150,13 +150,16 @@ def _tinted(canvas: Image.Image, patches: Sequence[tuple[Any, str]]) -> Image.Im
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8), "RGB")
 
 
-def _write(canvas: Image.Image, words: Sequence[tuple[Any, str]]) -> None:
+def _write(canvas: Image.Image, words: Sequence[tuple[Any, str, str]]) -> None:
     draw = ImageDraw.Draw(canvas)
-    for rect, word in words:
+    for rect, word, label in words:
         x0, y0, x1, y1 = _pixels(rect, canvas.size)
         font, text = _fitting(word, x1 - x0 - 4)
         middle = ((x0 + x1) / 2, (y0 + y1) / 2)
-        draw.text(middle, text, fill=_PAPER, font=font, anchor="mm", stroke_width=1, stroke_fill=(0, 0, 0))
+        if label == "dead":  # it is there to be read, but not to be looked at
+            draw.text(middle, text, fill=_FAINT, font=font, anchor="mm")
+        else:
+            draw.text(middle, text, fill=_PAPER, font=font, anchor="mm", stroke_width=1, stroke_fill=(0, 0, 0))
 
 
 def _fitting(word: str, width: int) -> tuple[Any, str]:
