@@ -4,8 +4,8 @@
 EmbedLens (arXiv 2603.00510) describes the classes, but its clustering was not released; this one follows the
 description. Projected tokens of many pictures are clustered by cosine. A *sink* is a small cluster whose mean is the
 same in every picture; *dead* is the largest cluster that changes little from picture to picture; all else is *alive*.
-A sink that looks like the first token of the prompt after two decoder layers is an LLM sink, any other a ViT sink. Anchors
-of a class are words that are among the three nearest of nearly all of its tokens, and of hardly any other.
+A sink that looks like the first token of the prompt after two decoder layers is an LLM sink, any other a ViT sink.
+Anchors of a class are words that are among the three nearest of nearly all of its tokens, and of hardly any other.
 """
 
 from __future__ import annotations
