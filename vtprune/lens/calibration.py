@@ -11,6 +11,7 @@ belongs to it if its cosine to the mean is large enough. That is ours, not the p
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -170,7 +171,9 @@ class Calibration:
     # -- files --------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        text = json.dumps(asdict(self), indent=2)
+        # Lists of numbers on one line each: a mean has thousands.
+        return re.sub(r"\[\s+([-+.\de,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
     @classmethod
     def from_dict(cls, data: Any) -> Calibration:

@@ -155,9 +155,9 @@ class Lens:
                 "members": None if self.classes is None else self.classes.members.astype(int).tolist(),
                 "why": self.why,
                 "ids": self.ids.tolist(),
-                "cosines": np.round(self.cosines.astype(float), 4).tolist(),
+                "cosines": np.where(np.isfinite(self.cosines), np.round(self.cosines.astype(float), 4), None).tolist(),
             }
-        ).replace("-Infinity", "null")
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Lens:
