@@ -185,6 +185,20 @@ def words(bench: Bench) -> Iterator[Row]:
 # -- accuracy ---------------------------------------------------------------------------------------------------------
 
 
+def _run(bench: Bench, methods: Sequence[str], keep: str) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        return runner.run(
+            *(bench.model, bench.processor, [TASK], methods, [keep], Path(folder) / "rows.jsonl"),
+            **{"split": "test", "count": bench.questions, "batch": bench.batch, "name": bench.name},
+        )
+
+
+def _of(rows: Sequence[Row], label: str, kinds: Sequence[str] | dict[str, str]) -> np.ndarray:
+    """Right or wrong, and tokens left, of each question under a method, ``[E, 2]``."""
+    mine = {row["id"]: row for row in rows if row["method"] == label}
+    return np.array([[mine[i]["correct"], mine[i]["tokens_out"]] for i in kinds], float)
+
+
 def remove(bench: Bench) -> Iterator[Row]:
     """Accuracy without each class, and without as many random others."""
     rule = Calibration.find(bench.family.checkpoint)
@@ -193,16 +207,9 @@ def remove(bench: Bench) -> Iterator[Row]:
     for name in wanted:
         methods += [f"embedlens mode=drop classes={name}", f"embedlens mode=only classes={name}"]
         methods += [f"embedlens mode=control classes={name} seed={seed}" for seed in CONTROL_SEEDS]
-    with tempfile.TemporaryDirectory() as folder:
-        rows = runner.run(
-            *(bench.model, bench.processor, [TASK], methods, ["1/2"], Path(folder) / "rows.jsonl"),
-            **{"split": "test", "count": bench.questions, "batch": bench.batch, "name": bench.name},
-        )
+    rows = _run(bench, methods, "1/2")
     kinds = {row["id"]: row["kind"] for row in rows}
-    of = {}
-    for label in methods:
-        mine = {row["id"]: row for row in rows if row["method"] == label}
-        of[label] = np.array([[mine[i]["correct"], mine[i]["tokens_out"]] for i in kinds], float)
+    of = {label: _of(rows, label, kinds) for label in methods}
     names = list(kinds.values())
 
     def line(removed: str, what: str, found: np.ndarray, against: np.ndarray) -> Row:
@@ -221,6 +228,11 @@ def remove(bench: Bench) -> Iterator[Row]:
         yield line(name, "the class", drop, of["dense"])
         yield line(name, f"as many others, mean of {len(CONTROL_SEEDS)} seeds", control, of["dense"])
         gain = stats.difference(drop[:, 0], control[:, 0], names)
+        # Where a class has most of the tokens, there are not as many others: what is left at random is another control.
+        seeds = [f"random seed={seed}" for seed in CONTROL_SEEDS]
+        left = _run(bench, seeds, f"{round(float(drop[:, 1].mean()))}t")
+        chance = np.mean([_of(left, label, kinds) for label in seeds], 0)
+        yield line(name, f"as many of all tokens, mean of {len(CONTROL_SEEDS)} seeds", chance, of["dense"])
         yield line(name, "all but the class", of[f"embedlens mode=only classes={name}"], of["dense"])
         print(f"{name}: the class less the control {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
 

@@ -143,6 +143,8 @@ class Lens:
 
     def to_json(self) -> str:
         """Everything, as one JSON object; `from_json` reads it. Cosines keep four decimals."""
+        rounded = np.round(self.cosines.astype(float), 4).astype(object)
+        rounded[~np.isfinite(self.cosines)] = None  # JSON knows no infinity
         return json.dumps(
             {
                 "format": FORMAT,
@@ -155,7 +157,7 @@ class Lens:
                 "members": None if self.classes is None else self.classes.members.astype(int).tolist(),
                 "why": self.why,
                 "ids": self.ids.tolist(),
-                "cosines": np.where(np.isfinite(self.cosines), np.round(self.cosines.astype(float), 4), None).tolist(),
+                "cosines": rounded.tolist(),
             }
         )
 
