@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import lens, prefill
+from benchmarks import kernels, lens, prefill
 from vtprune.lens import Lens
 from vtprune.lens.probe import View
 from vtprune.models.pocket import data
@@ -98,3 +99,78 @@ def test_an_object_owns_the_patches_that_it_covers() -> None:
     rows, columns = np.nonzero(owner == 0)
     assert rows.min() == 4 and rows.max() == 7 and columns.min() == 8 and columns.max() == 11
     assert len(rows) in (12, 16) and (owner[5:7, 9:11] == 0).all()
+
+
+def test_kernels_are_timed_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "WARM_UP", 1)
+    monkeypatch.setattr(kernels, "MIN_RUNS", 2)
+    monkeypatch.setattr(kernels, "MAX_RUNS", 2)
+    out = tmp_path / "kernels.csv"
+    assert kernels.main(["--tiny", "--ops", "greedy", "--out", str(out), "--commit", "abc"]) == 0
+    with out.open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    ops = {line["op"] for line in lines}
+    assert ops == {f"greedy {name}" for name in ("mmr", "max-min", "sads", "coverage", "dpp")}
+    single = {(line["op"], line["what"]) for line in lines if "x2" not in line["shape"]}
+    assert single >= {(op, what) for op in ops for what in ("ours", "naive", "floor")}
+    assert all(0 < float(line["median_ms"]) <= float(line["p90_ms"]) and line["commit"] == "abc" for line in lines)
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_usual_loops_pick_what_the_ops_pick() -> None:
+    from benchmarks import kernels_greedy
+
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(30, 16, generator=generator), torch.rand(30, generator=generator)
+    for name, (op, naive) in kernels_greedy.OPS.items():
+        assert naive(x, w, 9).tolist() == op(x, w, (30,), (9,)).order.tolist(), name
+
+
+def test_a_kernel_that_fails_costs_only_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(device: torch.device) -> kernels.Work:
+        raise RuntimeError("no such shape")
+
+    def half(device: torch.device) -> kernels.Work:
+        return kernels.Work(lambda: torch.ones(2), naive=lambda: 1 / 0)
+
+    monkeypatch.setattr(kernels, "CASES", ())
+    entries = [kernels.Entry("a", "1", broken, tiny=True), kernels.Entry("b", "2", half, 0.5, tiny=True)]
+    monkeypatch.setattr(kernels, "ENTRIES", entries)
+    out = tmp_path / "kernels.csv"
+    assert kernels.main(["--tiny", "--out", str(out)]) == 1
+    with out.open(encoding="utf-8") as file:
+        assert [(line["op"], line["what"], line["target_ms"]) for line in csv.DictReader(file)] == [
+            ("b", "ours", "0.5")
+        ]
+    assert "no such shape" in capsys.readouterr().err
+
+
+def test_the_other_ops_are_timed_and_do_what_the_usual_code_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "WARM_UP", 1)
+    monkeypatch.setattr(kernels, "MIN_RUNS", 2)
+    monkeypatch.setattr(kernels, "MAX_RUNS", 2)
+    from benchmarks import kernels_ops  # noqa: F401 (registers)
+
+    tiny = {entry.op: entry for entry in kernels.ENTRIES if entry.tiny and not entry.op.startswith("greedy")}
+    ops = {"sensitivity fd", "sensitivity jvp", "sensitivity frobenius", "lens top-3", "lens rank of 3", "pack"}
+    ops |= {"attention CLS", "attention text rows", "neurons top-rho counts", "neurons match", "neurons sparse FFN"}
+    assert set(tiny) == ops
+    for prefix in ("sensitivity", "lens", "pack", "attention", "neurons"):
+        out = tmp_path / f"{prefix}.csv"
+        assert kernels.main(["--tiny", "--ops", prefix, "--out", str(out), "--commit", "abc"]) == 0
+        with out.open(encoding="utf-8") as file:
+            assert {line["op"] for line in csv.DictReader(file)} == {op for op in ops if op.startswith(prefix)}
+    work = {op: entry.make(torch.device("cpu")) for op, entry in tiny.items()}
+    found = {op: (w.ours(), w.naive()) for op, w in work.items() if w.naive is not None}
+    packed, usual = found["pack"]
+    for a, b in zip((packed.hidden, *packed.features, packed.positions, packed.mask), usual, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(*(x.long() for x in found["neurons match"]))
+    assert torch.equal(found["lens top-3"][0][1][:, 0], found["lens top-3"][1].indices[:, 0])
+    for op, within in (("attention CLS", 1e-2), ("attention text rows", 1e-2), ("sensitivity frobenius", 5e-2)):
+        ours, naive = (x.float().squeeze(1) if x.ndim == 3 else x.float() for x in found[op])
+        torch.testing.assert_close(ours, naive, rtol=within, atol=within)

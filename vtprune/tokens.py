@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.select import Picks
+
 #: What a segment can be.
 SEGMENT_KINDS = ("image", "thumbnail", "crop", "frame")
 
@@ -240,6 +242,11 @@ class Selection:
         """A selection from flat rows in the order of choice (``[K]``, no row twice)."""
         index = order.sort().values
         return cls(index, torch.searchsorted(index, tokens.cu_seqlens), order, None, info)
+
+    @classmethod
+    def from_picks(cls, picks: Picks, tokens: VisualTokens, **info: str) -> Selection:
+        """A selection from what a greedy op picked."""
+        return cls(picks.index, torch.searchsorted(picks.index, tokens.cu_seqlens), picks.order, None, info)
 
     @classmethod
     def from_mask(cls, mask: Tensor, tokens: VisualTokens, **info: str) -> Selection:

@@ -221,7 +221,7 @@ def test_a_broken_row_is_nobodys_neighbour() -> None:
 
 def test_mutual_nearest_neighbours_tie_even_if_the_two_halves_round_differently() -> None:
     x, _ = random_rows(2)
-    cosines = reference._Cosines(x, reference._pools(x, (2,), (1,)))
+    cosines = reference.Cosines(x, reference.pools_of(x, (2,), (1,)))
     assert cosines.grams[0] is not None
     cosines.grams[0][0, 1] += 1e-6
     nearest = cosines.nearest()[0]

@@ -423,7 +423,7 @@ def test_prumerge_by_hand() -> None:
 @pytest.mark.parametrize("last,outliers", [(20.0, 1), (13.1, 1), (12.9, 0), (torch.nan, 0)])
 def test_an_outlier_lies_one_and_a_half_quartile_ranges_above_the_third(last: float, outliers: int) -> None:
     scores = torch.tensor([8.0, 1, 7, 2, 6, 3, 5, 4, last])  # quartiles 3 and 7
-    pools = reference._pools(scores, [9], [1])
+    pools = reference.pools_of(scores, [9], [1])
     assert prumerge._outliers(scores, scores.isfinite(), pools).tolist() == [outliers]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning a prompt. Kept rows move to the right of a shorter batch, in their original order, one gather per tensor."""
+"""Pruning a prompt. Kept rows move to the right of a shorter batch, in their original order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, VTPruneWarning
+from ..kernels.dispatch import resolve
+from ..kernels.pack import gather_rows
 from ..models.base import Family
 from . import positions as pos
 from .report import Trace
@@ -70,6 +72,22 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     size = list(x.shape)
     size[dim] = index.shape[1]
     return x.gather(dim, index.view(shape).expand(size))
+
+
+def packed(plan: Pack, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[B, P, D]`` and positions ``[..., B, P]`` of a packed prompt.
+
+    On a GPU one kernel moves both, and fills padding slots with zeros. Where gradients flow, and elsewhere, each is
+    gathered, and padding slots hold copies of what was dropped.
+    """
+    trained = torch.is_grad_enabled() and embeds.requires_grad
+    together = embeds.device == positions.device == plan.index.device
+    if trained or not together or resolve("auto", embeds) != "triton":
+        return gather(embeds, plan.index, 1), gather(positions, plan.index, positions.ndim - 1)
+    index = plan.index if plan.full else plan.index.masked_fill(~plan.valid, -1)
+    hidden, moved, *_ = gather_rows(index, embeds, positions)
+    assert moved is not None
+    return hidden, moved
 
 
 def unpack(hidden: Tensor, slot_of: Tensor) -> Tensor:
@@ -135,7 +153,8 @@ def prune_prompt(
         if job.layer_stages:
             tokens = tokens.subset(selection.index, selection.cu_seqlens)
     plan = pack(keep, counts.tolist())
-    packed_positions, next_position = gather(positions, plan.index, positions.ndim - 1), next_original
+    next_position = next_original
+    rows_left, packed_positions = packed(plan, embeds, positions)
     if job is not None and job.config.positions == "compact":
         start = before.next_position if before is not None else past_rows(kw, call.past, valid)
         renumbered, next_position = pos.advance(start, plan.valid)
@@ -158,7 +177,7 @@ def prune_prompt(
         next_position=next_position,
         mrope=family.mrope,
     )
-    call.set_sequence(kw, gather(embeds, plan.index, 1), packed_positions)
+    call.set_sequence(kw, rows_left, packed_positions)
 
 
 def prompt_positions(

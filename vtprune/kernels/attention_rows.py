@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ._jit import device_of, jit, multipliable, on_device, tl, triton
+from .dispatch import resolve
 
 
 @torch.no_grad()
@@ -60,6 +63,8 @@ def attention_rows(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     lens = _check(query, key, mask, slots, query_lens, key_lens)
+    if resolve(backend, query) == "triton":
+        return _rows_triton(query.detach(), key.detach(), scale, softmax, mask, slots, mean, lens)
     if lens is None:
         return reference_rows(query, key, scale, softmax, mask, slots, mean)
     return reference_ragged(query, key, scale, softmax, mask, slots, mean, *lens)
@@ -113,11 +118,10 @@ def reference_rows(
 ) -> Tensor:
     """`attention_rows` of a batch in plain PyTorch."""
     batch, heads, rows, dim = query.shape
-    groups = heads // key.shape[1]
+    groups, length = heads // key.shape[1], key.shape[2]
     with torch.autocast(query.device.type, enabled=False):
         grouped = query.detach().float().reshape(batch, key.shape[1], groups * rows, dim)
-        logits = (grouped @ key.detach().float().transpose(-1, -2)).view(batch, heads, rows, -1) * scale
-    length = key.shape[2]
+        logits = (grouped @ key.detach().float().transpose(-1, -2)).view(batch, heads, rows, length) * scale
     seen = torch.ones(batch, rows, length, dtype=torch.bool, device=query.device)
     if mask is not None:
         seen &= mask.bool()[:, None]
@@ -130,11 +134,15 @@ def reference_rows(
             return out
         real = torch.ones(batch, rows, device=query.device) if slots is None else (slots >= 0).float()
         return out.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-    out = logits.mean(1)
-    if not mean:
-        return out.masked_fill(~seen, -torch.inf)
-    count = seen.sum(1)
-    return (out.masked_fill(~seen, 0.0).sum(1) / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
+    out = logits.mean(1).masked_fill(~seen, -torch.inf)
+    return _mean_of_seen(out, seen) if mean else out
+
+
+def _mean_of_seen(logits: Tensor, seen: Tensor) -> Tensor:
+    """``[..., R, L]`` to ``[..., L]``: the mean over the queries that see a key, -inf where none does."""
+    count = seen.sum(-2)
+    total = logits.masked_fill(~seen, 0.0).sum(-2)
+    return (total / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
 
 
 def reference_ragged(
@@ -164,3 +172,204 @@ def reference_ragged(
         )
         out.append(found.flatten())
     return torch.cat(out)
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _logits_kernel(  # type: ignore[no-untyped-def]
+    query, key, mask, slots, logits, tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch,
+    blocks, query_b, query_h, query_r, key_b, key_h, key_l, mask_b, mask_l, slot_b, slot_r,
+    RC: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    RAGGED: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """Logits of RC queries (G heads each) to a block of keys of one key head, and what their softmax needs of them."""
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(2).to(tl.int64)
+    if RAGGED:
+        query_first = tl.load(query_cu + sample)
+        rows = tl.load(query_cu + sample + 1) - query_first
+        key_first = tl.load(key_cu + sample)
+        keys = tl.load(key_cu + sample + 1) - key_first
+    else:
+        query_first = sample * 0
+        key_first = sample * 0
+    i = tl.arange(0, BM)
+    group = i // RC
+    row = first + i % RC
+    real = (group < G) & (row < rows)
+    lane = block * BL + tl.arange(0, BL)
+    d = tl.arange(0, BD)
+    q = tl.load(
+        query + sample * query_b + (query_first + row)[:, None] * query_r + (head * G + group)[:, None] * query_h
+        + d[None, :],
+        mask=real[:, None] & (d < dim)[None, :], other=0.0,
+    )  # fmt: skip
+    k = tl.load(
+        key + sample * key_b + (key_first + lane)[:, None] * key_l + head * key_h + d[None, :],
+        mask=(lane < keys)[:, None] & (d < dim)[None, :], other=0.0,
+    )  # fmt: skip
+    value = tl.dot(q, k.T, input_precision="ieee") * scale
+    seen = real[:, None] & (lane < keys)[None, :]
+    if MASK:
+        shown = tl.load(mask + sample * mask_b + (key_first + lane) * mask_l, mask=lane < keys, other=0)
+        seen = seen & (shown != 0)[None, :]
+    if CAUSAL:
+        slot = tl.load(slots + sample * slot_b + (query_first + row) * slot_r, mask=real, other=-1)
+        seen = seen & (lane[None, :] <= slot[:, None])
+    value = tl.where(seen, value, float("-inf"))
+    place = (sample * kv_heads * G + head * G + group) * RC + i % RC
+    tl.store(
+        logits + place[:, None] * pitch + lane[None, :], value, mask=(group < G)[:, None] & (lane < pitch)[None, :]
+    )
+    if SOFTMAX:
+        top = tl.max(value, 1)
+        total = tl.sum(tl.exp(value - tl.where(top == float("-inf"), 0.0, top)[:, None]), 1)
+        tl.store(tops + place * blocks + block, top, mask=group < G)
+        tl.store(sums + place * blocks + block, total, mask=group < G)
+
+
+@jit
+def _average_kernel(  # type: ignore[no-untyped-def]
+    logits, tops, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch, blocks,
+    RC: tl.constexpr, HB: tl.constexpr, NB: tl.constexpr, BL: tl.constexpr,
+    RAGGED: tl.constexpr, SOFTMAX: tl.constexpr, MEAN: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Mean over heads (MEAN: and over queries) of the weights or logits of a block of keys."""
+    lane = tl.program_id(0) * BL + tl.arange(0, BL)
+    row = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    if RAGGED:
+        rows = tl.load(query_cu + sample + 1) - tl.load(query_cu + sample)
+        start = tl.load(key_cu + sample)
+        keys = tl.load(key_cu + sample + 1) - start
+    else:
+        start = sample * keys
+    n = tl.arange(0, NB)
+    acc = tl.zeros([BL], dtype=tl.float32)
+    count = heads * RC if MEAN else heads
+    for low in range(0, count, HB):
+        j = low + tl.arange(0, HB)
+        here = j < count
+        place = sample * heads * RC + (j if MEAN else j * RC + row)
+        value = tl.load(
+            logits + place[:, None] * pitch + lane[None, :],
+            mask=here[:, None] & (lane < keys)[None, :],
+            other=float("-inf"),
+        )
+        if SOFTMAX:
+            at = place[:, None] * blocks + n[None, :]
+            each = here[:, None] & (n < blocks)[None, :]
+            top = tl.load(tops + at, mask=each, other=float("-inf"))
+            highest = tl.max(top, 1)
+            safe = tl.where(highest == float("-inf"), 0.0, highest)
+            total = tl.sum(tl.load(sums + at, mask=each, other=0.0) * tl.exp(top - safe[:, None]), 1)
+            value = tl.exp(value - safe[:, None]) / tl.where(highest == float("-inf"), 1.0, total)[:, None]
+        acc += tl.sum(tl.where(here[:, None], value, 0.0), 0)
+    acc *= factor
+    if MEAN:
+        to = out + start + lane
+        if ADD:
+            acc += tl.load(to, mask=lane < keys, other=0.0)
+        tl.store(to, acc, mask=lane < keys)
+    else:
+        if RAGGED:
+            to = tl.load(base + sample) + (first + row).to(tl.int64) * keys
+        else:
+            to = (sample * rows + first + row) * keys
+        tl.store(out + to + lane, acc, mask=(lane < keys) & (first + row < rows))
+
+
+#: Rows of a tile of logits at most, keys of a tile, warps; keys of a block of averages, warps.
+_LOGITS = (64, 256, 4)
+_AVERAGE = (64, 4)
+
+
+def _rows_triton(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    softmax: bool,
+    mask: Tensor | None,
+    slots: Tensor | None,
+    mean: bool,
+    lens: Lens | None,
+) -> Tensor:
+    device = query.device
+    if key.dtype != query.dtype:
+        query, key = query.float(), key.float()
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (multipliable(query), multipliable(key)))
+    ragged = lens is not None
+    sizes: tuple[int, ...]
+    if lens is not None:
+        counts, lengths = lens
+        samples, rows, keys = len(counts), max(counts, default=0), max(lengths, default=0)
+        (heads, dim), kv_heads = query.shape[1:], key.shape[1]
+        products = [q * k for q, k in zip(*lens, strict=True)]
+        total = sum(products)
+        query_cu, key_cu, base = (on_device((0, *accumulate(x)), device) for x in (counts, lengths, products))
+        query_at, key_at = (0, query.stride(1), query.stride(0)), (0, key.stride(1), key.stride(0))
+        sizes = (key.shape[0],) if mean else (total,)
+    else:
+        samples, heads, rows, dim = query.shape
+        kv_heads, keys = key.shape[1:3]
+        query_cu = key_cu = base = key
+        query_at, key_at = query.stride()[:3], key.stride()[:3]  # type: ignore[assignment]
+        sizes = (samples, keys) if mean else (samples, rows, keys)
+    if mean and not softmax:
+        # Each key counts the queries that see it: the rows are few, so they are made first.
+        every = _rows_triton(query, key, scale, False, mask, slots, False, lens)
+        if lens is None:
+            return _mean_of_seen(every, every != -torch.inf)
+        parts = every.split([q * k for q, k in zip(*lens, strict=True)])
+        shaped = [part.view(q, k) for part, q, k in zip(parts, *lens, strict=True)]
+        return torch.cat([every.new_empty(0), *(_mean_of_seen(x, x != -torch.inf) for x in shaped)])
+    out = torch.zeros(sizes, dtype=torch.float32, device=device)
+    if not out.numel() or not rows:
+        return out
+    groups = heads // kv_heads
+    most, bl, warps = _LOGITS
+    chunk = min(rows, max(1, most // groups))
+    bm, bd = max(16, triton.next_power_of_2(groups * chunk)), max(16, triton.next_power_of_2(dim))
+    blocks = -(-keys // bl)
+    pitch = -(-keys // 4) * 4
+    logits = torch.empty(samples * heads * chunk, pitch, dtype=torch.float32, device=device)
+    tops = torch.empty(samples * heads * chunk if softmax else 1, blocks, dtype=torch.float32, device=device)
+    sums = torch.empty_like(tops)
+    length, average_warps = _AVERAGE
+    nb = triton.next_power_of_2(blocks)
+    hb = max(1, min(triton.next_power_of_2(heads), 32, 4096 // nb))
+    mask_at, slot_at = ((0, 0) if x is None else (0, x.stride(0)) if ragged else x.stride() for x in (mask, slots))
+    factor = 1.0 / heads
+    if mean and slots is None and not ragged:
+        factor /= rows
+    with device_of(query):
+        for first in range(0, rows, chunk):
+            _logits_kernel[(blocks, kv_heads, samples)](
+                query, key, key if mask is None else mask.view(torch.int8), key if slots is None else slots, logits,
+                tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch, blocks, *query_at,
+                *key_at,
+                *mask_at, *slot_at, RC=chunk, G=groups, BM=bm, BL=bl, BD=bd, RAGGED=ragged, MASK=mask is not None,
+                CAUSAL=slots is not None, SOFTMAX=softmax, num_warps=warps,
+            )  # fmt: skip
+            _average_kernel[(-(-keys // length), 1 if mean else min(chunk, rows - first), samples)](
+                logits, tops, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch, blocks,
+                RC=chunk, HB=hb, NB=nb, BL=length, RAGGED=ragged, SOFTMAX=softmax, MEAN=mean, ADD=first > 0,
+                num_warps=average_warps,
+            )  # fmt: skip
+    if mean and (slots is not None or ragged):
+        return out / _real(slots, lens, device)
+    return out
+
+
+def _real(slots: Tensor | None, lens: Lens | None, device: torch.device) -> Tensor:
+    """Queries that are no padding: of each sample ``[B, 1]``, or of each ragged key's sample."""
+    if lens is None:
+        assert slots is not None
+        return (slots >= 0).sum(1, keepdim=True).clamp(min=1)
+    owner = on_device(lens[0], device, repeat=True)
+    ones = torch.ones(sum(lens[0]), device=device) if slots is None else (slots >= 0).float()
+    count = torch.zeros(len(lens[0]), device=device).index_add_(0, owner, ones)
+    return torch.repeat_interleave(count, on_device(lens[1], device), output_size=sum(lens[1])).clamp(min=1)

@@ -35,18 +35,17 @@ def coverage(features: Tensor, weight: Tensor, lens: Sequence[int], counts: Sequ
     Tensor
         ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice. Where nothing gains, by weight.
     """
-    pools = reference._pools(features, lens, counts)
+    pools = reference.pools_of(features, lens, counts)
     if not pools.counts:
         return features.new_empty(0, dtype=torch.int64)
     picks = torch.zeros(len(pools.counts), max(pools.counts), dtype=torch.int64, device=features.device)
     with torch.autocast(features.device.type, enabled=False):
         # Pool by pool: a sum over another shape would round differently than the same pool alone.
         for p, (start, n, k) in enumerate(zip(pools.starts, pools.lens, pools.counts, strict=True)):
-            rows = features[start : start + n].detach().to(torch.float32, copy=True)
-            length = torch.linalg.vector_norm(rows, dim=1)
+            rows, sound = reference.unit_rows(features, start, n)
             mine = weight[start : start + n].detach().float()
-            broken = ~(length.isfinite() & mine.isfinite())
-            rows = (rows / length.clamp(min=1e-8)[:, None]).masked_fill_(broken[:, None], 0.0)
+            broken = ~(sound & mine.isfinite())
+            rows.masked_fill_(broken[:, None], 0.0)
             mine = mine.masked_fill(broken, 0.0)
             gram = rows @ rows.T
             covered = rows.new_zeros(n)
@@ -60,4 +59,4 @@ def coverage(features: Tensor, weight: Tensor, lens: Sequence[int], counts: Sequ
                 picks[p, step : step + 1] = pick
                 limit.index_fill_(0, pick, -torch.inf)
                 covered = torch.maximum(covered, gram[pick].squeeze(0))
-    return reference._flat_rows(picks, pools)
+    return reference.flat_rows(picks, pools)

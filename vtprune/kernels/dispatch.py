@@ -52,6 +52,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def half(rows: Tensor) -> bool:
+    """Rows that go to the tensor cores as they are."""
+    return rows.dtype in (torch.bfloat16, torch.float16)
+
+
 @functools.cache
 def _obstacle(kind: str, index: int | None) -> str | None:
     """Why Triton cannot run on a device; None where it can."""

@@ -36,12 +36,12 @@ def dpp(features: Tensor, quality: Tensor, lens: Sequence[int], counts: Sequence
         ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice. Rows in the span of the picks follow
         when no others are left, those of larger quality first.
     """
-    pools = reference._pools(features, lens, counts)
+    pools = reference.pools_of(features, lens, counts)
     if not pools.counts:
         return features.new_empty(0, dtype=torch.int64)
     with torch.autocast(features.device.type, enabled=False):
-        cosines = reference._Cosines(features, pools)
-        padded = reference._padded(quality, pools, torch.nan)
+        cosines = reference.Cosines(features, pools)
+        padded = reference.pad(quality, pools, torch.nan)
         last = ~cosines.sound | ~padded.isfinite()
         padded = padded.masked_fill(last, 0.0)
         square = padded * padded
@@ -67,4 +67,4 @@ def dpp(features: Tensor, quality: Tensor, lens: Sequence[int], counts: Sequence
             column = torch.where(left > SPENT, column / left.clamp(min=SPENT).sqrt(), 0.0)
             columns[:, step] = column
             residual = residual - column * column
-    return reference._flat_rows(picks, pools)
+    return reference.flat_rows(picks, pools)

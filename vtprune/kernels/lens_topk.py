@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ._jit import describable, descriptor, device_of, jit, multipliable, processors, tl, triton
 from .dispatch import resolve
 
 #: Most vocabulary rows, states, and numbers of the table that the PyTorch form has in fp32 at a time: whatever the
@@ -133,12 +134,12 @@ def _block(table: Tensor) -> int:
     return max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // max(1, table.shape[1])))
 
 
-def _cosines(flat: Tensor, lengths: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-    """``[T, rows]`` fp32; -inf where a row or a state takes no part."""
+def _scores(flat: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
+    """``[T, rows]`` fp32 cosines times the length of the state, which does not change their order; -inf where a row
+    takes no part."""
     with torch.autocast(flat.device.type, enabled=False):
-        cosines = flat.float() @ table.float().T
-    cosines = cosines * lengths[:, None] * inverse
-    return cosines.masked_fill_((inverse == 0) | cosines.isnan(), -torch.inf)
+        scores = (flat.float() @ table.float().T) * inverse
+    return scores.masked_fill_((inverse == 0) | scores.isnan(), -torch.inf)
 
 
 def reference_topk(flat: Tensor, table: Tensor, k: int, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,12 +152,13 @@ def reference_topk(flat: Tensor, table: Tensor, k: int, inverse: Tensor) -> tupl
     ids = torch.full_like(values, -1, dtype=torch.int64)
     for low in range(0, table.shape[0], _block(table)):
         rows = slice(low, low + _block(table))
-        block = _cosines(flat, lengths, table[rows], inverse[rows])
+        block = _scores(flat, table[rows], inverse[rows])
         # What is in the list has lower ids and stands in front: a stable sort keeps equal cosines in order.
         both = torch.cat([values, block], 1)
         order = both.sort(dim=1, descending=True, stable=True).indices[:, :k]
         values = both.gather(1, order)
         ids = torch.where(order < k, ids.gather(1, order.clamp(max=k - 1)), order - k + low)
+    values = (values * lengths[:, None]).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
     return values, ids.masked_fill_(values == -torch.inf, -1)
 
 
@@ -170,15 +172,257 @@ def reference_rank(flat: Tensor, table: Tensor, ids: Tensor, inverse: Tensor) ->
     mine = lengths.new_full((flat.shape[0], len(ids)), -torch.inf)
     for low in range(0, size, _block(table)):
         rows = slice(low, low + _block(table))
-        block = _cosines(flat, lengths, table[rows], inverse[rows])
+        block = _scores(flat, table[rows], inverse[rows])
         inside = (ids >= low) & (ids < low + block.shape[1])
         mine = torch.where(inside, block[:, (ids - low).clamp(0, block.shape[1] - 1)], mine)
     rank = torch.zeros_like(mine, dtype=torch.int32)
     for low in range(0, size, _block(table)):
         rows = slice(low, low + _block(table))
-        block = _cosines(flat, lengths, table[rows], inverse[rows])
+        block = _scores(flat, table[rows], inverse[rows])
         index = torch.arange(low, low + block.shape[1], device=flat.device)
         for a in range(len(ids)):
             before = (block > mine[:, a, None]) | ((block == mine[:, a, None]) & (index < ids[a]))
             rank[:, a] += before.sum(1, dtype=torch.int32)
-    return rank.masked_fill_(mine == -torch.inf, size)
+    return rank.masked_fill_((mine == -torch.inf) | lengths.isnan()[:, None], size)
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _product(x, table, row, col, rows, cols, width, step_x, step_t, BK, BM, BN, TMA, PRECISION):  # type: ignore[no-untyped-def]
+    """``x[row] @ table[col].T`` in fp32, ``[BM, BN]``; `row` and `col` are first indices."""
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    if TMA:
+        for k in range(0, width, BK):
+            acc = tl.dot(x.load([row, k]), table.load([col, k]).T, acc)
+    else:
+        r = row + tl.arange(0, BM)
+        c = col + tl.arange(0, BN)
+        k = tl.arange(0, BK)
+        xs = x + r.to(tl.int64)[:, None] * step_x + k[None, :]
+        ts = table + c.to(tl.int64)[None, :] * step_t + k[:, None]
+        for start in range(0, width, BK):
+            left = width - start
+            a = tl.load(xs, mask=(r < rows)[:, None] & (k < left)[None, :], other=0.0)
+            b = tl.load(ts, mask=(c < cols)[None, :] & (k < left)[:, None], other=0.0)
+            if a.dtype != b.dtype:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            xs += BK
+            ts += BK
+    return acc
+
+
+@jit
+def _insert(scores, ids, best, best_id, bound):  # type: ignore[no-untyped-def]
+    """Merge ``scores [BM, BN]`` of ascending `ids` into the running lists ``best``, ``best_id [BM, KP]``, unordered.
+
+    What is in the list has lower ids, so only a larger score replaces the least of the list; scores below ``bound
+    [BM]`` have no place in the end. All rows take their next score at once, as often as any of them has one."""
+    top = tl.max(scores, 1)
+    least = tl.min(best, 1)
+    better = (top > least) & (top >= bound)
+    while tl.max(better.to(tl.int32), 0) > 0:
+        at = tl.min(tl.where(scores == top[:, None], ids[None, :], 2147483647), 1)
+        at = tl.where(better, at, -1)
+        victim = tl.max(tl.where(best == least[:, None], best_id, -2147483648), 1)
+        out = better[:, None] & (best == least[:, None]) & (best_id == victim[:, None])
+        best = tl.where(out, top[:, None], best)
+        best_id = tl.where(out, at[:, None], best_id)
+        scores = tl.where(ids[None, :] == at[:, None], float("-inf"), scores)
+        top = tl.max(scores, 1)
+        least = tl.min(best, 1)
+        better = (top > least) & (top >= bound)
+    return best, best_id
+
+
+@jit
+def _topk_kernel(  # type: ignore[no-untyped-def]
+    x,
+    table,
+    inverse,
+    bounds,
+    out,
+    out_id,
+    rows,
+    cols,
+    width,
+    span,
+    step_x,
+    step_t,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program meets BM states with `span` columns. Neighbours share the columns, which so come from the L2 cache.
+
+    ``bounds [T]`` is the best k-th score that any program has found so far. Scores below it are not worth a place, and
+    after a few blocks of columns most blocks have none above it. How early a program learns of it is chance; what is
+    above it in the end is not."""
+    row = tl.program_id(0) * BM
+    part = tl.program_id(1)
+    r = row + tl.arange(0, BM)
+    slot = tl.arange(0, KP)
+    # Surplus slots hold what nothing replaces; empty ones have distinct ids, so that one at a time is replaced.
+    best = tl.zeros([BM, KP], dtype=tl.float32) + tl.where(slot < K, float("-inf"), float("inf"))[None, :]
+    best_id = tl.zeros([BM, KP], dtype=tl.int32) - 1 - slot[None, :]
+    high = tl.minimum(cols, (part + 1) * span)
+    for col in range(part * span, high, BN):
+        acc = _product(x, table, row, col, rows, high, width, step_x, step_t, BK, BM, BN, TMA, PRECISION)
+        ids = col + tl.arange(0, BN)
+        scale = tl.load(inverse + ids, mask=ids < high, other=0.0)
+        scores = tl.where((scale == 0.0)[None, :], float("-inf"), acc * scale[None, :])
+        # From L2, where the others write: the L1 cache would keep the first answer.
+        bound = tl.load(bounds + r, mask=r < rows, other=float("inf"), cache_modifier=".cg")
+        best, best_id = _insert(scores, ids, best, best_id, bound)
+        tl.atomic_max(bounds + r, tl.min(best, 1), mask=r < rows, sem="relaxed")
+    at = ((part * rows + r) * KP)[:, None] + slot[None, :]
+    here = (r < rows)[:, None] & (slot < K)[None, :]
+    tl.store(out + at, best, mask=here)
+    tl.store(out_id + at, best_id, mask=here)
+
+
+@jit
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    part, part_id, lengths, values, ids, rows, parts, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The lists of all column spans of a state become one, ordered."""
+    row = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    here = (lane < parts * KP) & (lane % KP < K)
+    at = ((lane // KP) * rows + row) * KP + lane % KP
+    score = tl.load(part + at, mask=here, other=float("-inf"))
+    index = tl.load(part_id + at, mask=here, other=-1)
+    index = tl.where((index < 0) | (score == float("-inf")), 2147483647, index)
+    length = tl.load(lengths + row)
+    for slot in tl.static_range(K):
+        top = tl.max(score, 0)
+        first = tl.min(tl.where(score == top, index, 2147483647), 0)
+        found = (top > float("-inf")) & (length == length)
+        tl.store(values + row * K + slot, tl.where(found, top * length, float("-inf")))
+        tl.store(ids + row * K + slot, tl.where(found, first, -1).to(tl.int64))
+        score = tl.where(index == first, float("-inf"), score)
+
+
+@jit
+def _rank_kernel(  # type: ignore[no-untyped-def]
+    x,
+    table,
+    inverse,
+    anchor,
+    anchor_id,
+    anchor_inverse,
+    out,
+    rows,
+    cols,
+    width,
+    span,
+    step_x,
+    step_t,
+    A: tl.constexpr,
+    AP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Counts per column span, ``out [parts, T, A]``, of what beats the rows ``anchor [A, D]``."""
+    row = tl.program_id(0) * BM
+    part = tl.program_id(1)
+    slot = tl.arange(0, AP)
+    mine = _product(x, anchor, row, 0, rows, A, width, step_x, width, BK, BM, AP, TMA, PRECISION)
+    norm = tl.load(anchor_inverse + slot, mask=slot < A, other=0.0)
+    mine = tl.where((norm == 0.0)[None, :], float("-inf"), mine * norm[None, :])
+    count = tl.zeros([BM, AP], dtype=tl.int32)
+    high = tl.minimum(cols, (part + 1) * span)
+    for col in range(part * span, high, BN):
+        acc = _product(x, table, row, col, rows, high, width, step_x, step_t, BK, BM, BN, TMA, PRECISION)
+        ids = col + tl.arange(0, BN)
+        scale = tl.load(inverse + ids, mask=ids < high, other=0.0)
+        scores = tl.where((scale == 0.0)[None, :], float("-inf"), acc * scale[None, :])
+        for a in tl.static_range(A):
+            this = tl.max(tl.where((slot == a)[None, :], mine, float("-inf")), 1)[:, None]
+            own = tl.load(anchor_id + a)
+            before = (scores > this) | ((scores == this) & (ids < own)[None, :])
+            before = before & (ids != own)[None, :] & (scores > float("-inf"))
+            count += tl.where((slot == a)[None, :], tl.sum(before.to(tl.int32), 1)[:, None], 0)
+    r = row + tl.arange(0, BM)
+    # A broken state or anchor comes after everything.
+    count = tl.where(mine > float("-inf"), count, cols + 1)
+    at = ((part * rows + r) * A)[:, None] + slot[None, :]
+    tl.store(out + at, count, mask=(r < rows)[:, None] & (slot < A)[None, :])
+
+
+#: Blocks of states and of columns, step along the width, warps, stages; fp32 rows go to other blocks.
+_HALF = (128, 256, 64, 8, 3)
+_FULL = (64, 64, 32, 4, 2)
+
+
+def _plan(flat: Tensor, table: Tensor) -> tuple[tuple[int, int, int, int, int], bool, int]:
+    """Blocks, whether TMA loads them, and columns per program."""
+    half = flat.dtype == table.dtype and flat.dtype in (torch.bfloat16, torch.float16)
+    blocks = _HALF if half else _FULL
+    parts = max(1, processors(flat) // -(-flat.shape[0] // blocks[0]))
+    blocks_of_columns = -(-table.shape[0] // blocks[1])
+    return blocks, half and describable(flat, table), max(1, -(-blocks_of_columns // parts)) * blocks[1]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Rows without gaps inside; a view of such stays a view."""
+    x = multipliable(x)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _topk_triton(flat: Tensor, table: Tensor, k: int, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    rows, width = flat.shape
+    values = torch.empty(rows, k, dtype=torch.float32, device=flat.device)
+    ids = torch.empty(rows, k, dtype=torch.int64, device=flat.device)
+    if not rows:
+        return values, ids
+    flat, table = _dense(flat), _dense(table)
+    (bm, bn, bk, warps, stages), tma, span = _plan(flat, table)
+    x, t = (descriptor(flat, [bm, bk]), descriptor(table, [bn, bk])) if tma else (flat, table)
+    parts, size = max(1, -(-table.shape[0] // span)), triton.next_power_of_2(k)
+    part = values.new_empty(parts, rows, size)
+    part_id = torch.empty_like(part, dtype=torch.int32)
+    bounds = values.new_full((rows,), -torch.inf)
+    with device_of(flat):
+        _topk_kernel[(-(-rows // bm), parts)](
+            x, t, inverse, bounds, part, part_id, rows, table.shape[0], width, span, flat.stride(0), table.stride(0),
+            K=k, KP=size, BM=bm, BN=bn, BK=bk, TMA=tma, PRECISION="ieee", num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        block = triton.next_power_of_2(parts * size)
+        _merge_kernel[(rows,)](
+            part, part_id, _inverse_lengths(flat), values, ids, rows, parts, K=k, KP=size, BLOCK=block
+        )
+    return values, ids
+
+
+def _rank_triton(flat: Tensor, table: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
+    rows, width = flat.shape
+    size, anchors = table.shape[0], len(ids)
+    if not rows or not anchors:
+        return torch.zeros(rows, anchors, dtype=torch.int32, device=flat.device)
+    flat, table = _dense(flat), _dense(table)
+    (bm, bn, bk, warps, stages), tma, span = _plan(flat, table)
+    parts, padded = max(1, -(-size // span)), max(16, triton.next_power_of_2(anchors))
+    chosen = table[ids]
+    tma = tma and describable(chosen)
+    x, t, a = flat, table, chosen
+    if tma:
+        x, t, a = descriptor(flat, [bm, bk]), descriptor(table, [bn, bk]), descriptor(chosen, [padded, bk])
+    count = torch.empty(parts, rows, anchors, dtype=torch.int32, device=flat.device)
+    with device_of(flat):
+        _rank_kernel[(-(-rows // bm), parts)](
+            x, t, inverse, a, ids, inverse[ids], count, rows, size, width, span, flat.stride(0), table.stride(0),
+            A=anchors, AP=padded, BM=bm, BN=bn, BK=bk, TMA=tma, PRECISION="ieee", num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    broken = _inverse_lengths(flat).isnan()[:, None]
+    return count.sum(0).clamp(max=size).masked_fill(broken, size).to(torch.int32)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ._jit import device_of, jit, on_device, processors, tl, triton
 from .dispatch import resolve
 
 #: Neurons per word of a bitmap; neuron ``32 w + b`` is bit b of word w.
@@ -191,8 +192,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _samples(lens: Sequence[int], device: torch.device) -> Tensor:
     """Sample of each token, ``[T]`` int64, without a wait for the device."""
-    sizes = torch.tensor(lens, dtype=torch.int64)
-    return torch.repeat_interleave(torch.arange(len(lens)), sizes).to(device, non_blocking=True)
+    return on_device(lens, device, repeat=True)
 
 
 def reference_bits(act: Tensor) -> Tensor:
@@ -245,3 +245,220 @@ def reference_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, ids: Tensor
     at = ids.clamp(min=0)
     inner = ACTIVATIONS[act](x @ gate[at].T) * (x @ up[at].T)
     return inner.masked_fill(ids < 0, 0.0) @ down[:, at].T
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _words(act, row, word, size, stride, step, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Words ``word ..`` of a row's bitmap."""
+    neuron = (word + tl.arange(0, BLOCK))[:, None] * 32 + tl.arange(0, 32)[None, :]
+    value = tl.load(act + row * stride + neuron * step, mask=neuron < size, other=0.0)
+    return tl.sum(tl.where(value > 0, 1, 0) << tl.arange(0, 32)[None, :], 1)
+
+
+@jit
+def _bits_kernel(act, out, size, words, stride, step, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * BLOCK
+    lane = word + tl.arange(0, BLOCK)
+    tl.store(out + row * words + lane, _words(act, row, word, size, stride, step, BLOCK), mask=lane < words)
+
+
+@jit
+def _ones(x):  # type: ignore[no-untyped-def]
+    """Bits that are set in each int32."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return (x + (x >> 16)) & 0x3F
+
+
+@jit
+def _match_kernel(  # type: ignore[no-untyped-def]
+    bits, cores, sample, out, size, words, stride, step, PACKED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    core = cores + tl.load(sample + row) * words
+    total = tl.zeros([BLOCK], dtype=tl.int32)
+    for word in range(0, words, BLOCK):
+        lane = word + tl.arange(0, BLOCK)
+        if PACKED:
+            mine = tl.load(bits + row * stride + lane * step, mask=lane < words, other=0)
+        else:
+            mine = _words(bits, row, word, size, stride, step, BLOCK)
+        total += _ones(mine & tl.load(core + lane, mask=lane < words, other=0))
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@jit
+def _positives_kernel(act, out, size, stride, step, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], dtype=tl.int32)
+    for low in range(0, size, BLOCK):
+        lane = low + tl.arange(0, BLOCK)
+        value = tl.load(act + row * stride + lane * step, mask=lane < size, other=0.0)
+        total += (value > 0).to(tl.int32)
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@jit
+def _counts_kernel(  # type: ignore[no-untyped-def]
+    act, quota, sample, counts, size, stride, step, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Each token's `quota` largest positive activations, found by bisecting their bit patterns: they order like the
+    numbers. BITS: patterns of halves end after as many; the lower ones are zeros."""
+    row = tl.program_id(0).to(tl.int64)
+    want = tl.load(quota + row)
+    if want > 0:
+        lane = tl.arange(0, BLOCK)
+        value = tl.load(act + row * stride + lane * step, mask=lane < size, other=0.0).to(tl.float32)
+        key = tl.where(value > 0, value, 0.0).to(tl.int32, bitcast=True)
+        # The largest pattern that at least `want` of the keys reach.
+        least = 0
+        for bit in tl.static_range(BITS):
+            trial = least | (1 << (30 - bit))
+            reach = tl.sum((key >= trial).to(tl.int32), 0)
+            least = tl.where(reach >= want, trial, least)
+        above = key > least
+        equal = (key == least) & (key > 0)
+        left = want - tl.sum(above.to(tl.int32), 0)
+        chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+        tl.atomic_add(counts + tl.load(sample + row) * size + lane, 1, mask=chosen & (lane < size), sem="relaxed")
+
+
+@jit
+def _gated_kernel(  # type: ignore[no-untyped-def]
+    x, gate, up, ids, out, count, width, gate_f, up_f, ACT: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr
+):
+    """``act(gate x) * (up x)`` of BC neurons for one row of x, ``out [B, C]`` fp32."""
+    row = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    neuron = tl.load(ids + c, mask=c < count, other=-1)
+    real = neuron >= 0
+    lane = tl.arange(0, BD)
+    one = tl.zeros([BC, BD], dtype=tl.float32)
+    two = tl.zeros([BC, BD], dtype=tl.float32)
+    for low in range(0, width, BD):
+        d = low + lane
+        here = real[:, None] & (d < width)[None, :]
+        mine = tl.load(x + row * width + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+        one += tl.load(gate + neuron[:, None] * gate_f + d[None, :], mask=here, other=0.0).to(tl.float32) * mine
+        two += tl.load(up + neuron[:, None] * up_f + d[None, :], mask=here, other=0.0).to(tl.float32) * mine
+    # A dense FFN rounds in between: x is its dtype.
+    g = tl.sum(one, 1).to(x.dtype.element_ty).to(tl.float32)
+    u = tl.sum(two, 1).to(x.dtype.element_ty).to(tl.float32)
+    if ACT == "silu":
+        g = g / (1.0 + tl.exp(-g))
+    elif ACT == "gelu":
+        g = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        g = g / (1.0 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g)))
+    else:
+        g = tl.maximum(g, 0.0)
+    value = (g.to(x.dtype.element_ty).to(tl.float32) * u).to(x.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * count + c, tl.where(real, value, 0.0), mask=c < count)
+
+
+@jit
+def _down_kernel(  # type: ignore[no-untyped-def]
+    inner, down, ids, out, count, width, span, down_d, down_f, BC: tl.constexpr, BD: tl.constexpr
+):
+    """``down[:, ids] inner`` over `span` neurons, ``out [parts, B, D]`` fp32."""
+    row = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    acc = tl.zeros([BC, BD], dtype=tl.float32)
+    high = tl.minimum(count, (part + 1) * span)
+    for low in range(part * span, high, BC):
+        c = low + tl.arange(0, BC)
+        neuron = tl.load(ids + c, mask=c < high, other=-1)
+        value = tl.load(inner + row * count + c, mask=c < high, other=0.0)
+        at = neuron[:, None] * down_f + d.to(tl.int64)[None, :] * down_d
+        weight = tl.load(down + at, mask=(neuron >= 0)[:, None] & (d < width)[None, :], other=0.0)
+        acc += value[:, None] * weight.to(tl.float32)
+    to = out + (part * tl.num_programs(1) + row) * width + d
+    tl.store(to, tl.sum(acc, 0), mask=d < width)
+
+
+def _bits_triton(act: Tensor) -> Tensor:
+    rows, size = act.shape
+    words = -(-size // WORD)
+    out = torch.empty(rows, words, dtype=torch.int32, device=act.device)
+    if out.numel():
+        block = min(64, triton.next_power_of_2(words))
+        with device_of(act):
+            _bits_kernel[(rows, -(-words // block))](act, out, size, words, *act.stride(), BLOCK=block, num_warps=4)
+    return out
+
+
+def _match_triton(bits: Tensor, cores: Tensor, lens: Sequence[int]) -> Tensor:
+    rows, words = bits.shape[0], cores.shape[1]
+    out = torch.zeros(rows, dtype=torch.int32, device=bits.device)
+    if rows and words:
+        packed = bits.dtype == torch.int32
+        block = min(512 if packed else 64, triton.next_power_of_2(words))
+        with device_of(bits):
+            _match_kernel[(rows,)](
+                bits, cores.contiguous(), _samples(lens, bits.device), out, bits.shape[1], words, *bits.stride(),
+                PACKED=packed, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def _counts_triton(act: Tensor, lens: Sequence[int], rho: float, per_token: bool) -> Tensor:
+    rows, size = act.shape
+    counts = torch.zeros(len(lens), size, dtype=torch.int32, device=act.device)
+    if not rows or not size:
+        return counts
+    act = act if act.dtype in (torch.float32, torch.bfloat16, torch.float16) else act.float()
+    sample = _samples(lens, act.device)
+    positives = torch.empty(rows, dtype=torch.int32, device=act.device)
+    block = triton.next_power_of_2(size)
+    with device_of(act):
+        _positives_kernel[(rows,)](act, positives, size, *act.stride(), BLOCK=min(block, 2048), num_warps=4)
+        if per_token:
+            quota = _quota(positives, 0, rho, True)
+        else:
+            sums = torch.zeros(len(lens), dtype=torch.int64, device=act.device).index_add_(0, sample, positives.long())
+            quota = (sums.double() * rho / on_device(lens, act.device) + 1e-6).floor().long()[sample]
+            # No token has more than it has.
+            quota = torch.minimum(quota, positives)
+        bits = {torch.bfloat16: 15, torch.float16: 18}.get(act.dtype, 31)
+        _counts_kernel[(rows,)](
+            act, quota.to(torch.int32), sample, counts, size, *act.stride(), BITS=bits, BLOCK=block,
+            num_warps=min(16, max(4, block // 1024)),
+        )  # fmt: skip
+    return counts
+
+
+#: Neurons and numbers per program of the two products, warps of each.
+_GATED = (1, 4096, 4)
+_DOWN = (64, 64, 4)
+
+
+def _ffn_triton(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, ids: Tensor, act: str) -> Tensor:
+    rows, width = x.shape
+    count = len(ids)
+    if not rows or not count:
+        return torch.zeros_like(x)
+    x = x.contiguous()
+    gate, up = (w if w.stride(1) == 1 else w.contiguous() for w in (gate, up))
+    inner = torch.empty(rows, count, dtype=torch.float32, device=x.device)
+    bc, bd, warps = _GATED
+    with device_of(x):
+        _gated_kernel[(-(-count // bc), rows)](
+            x, gate, up, ids, inner, count, width, gate.stride(0), up.stride(0), ACT=act, BC=bc, BD=bd, num_warps=warps
+        )
+        bc, bd, warps = _DOWN
+        columns = -(-width // bd)
+        parts = max(1, min(-(-count // bc), 8 * processors(x) // (columns * rows)))
+        span = -(-count // (parts * bc)) * bc
+        parts = -(-count // span)
+        out = torch.empty(parts, rows, width, dtype=torch.float32, device=x.device)
+        _down_kernel[(columns, rows, parts)](
+            inner, down, ids, out, count, width, span, *down.stride(), BC=bc, BD=bd, num_warps=warps
+        )
+    return out.sum(0).to(x.dtype)

@@ -25,13 +25,13 @@ GRAM_ROWS = 4096
 BLOCK_ROWS = 1024
 
 # Below every cosine: the running maximum before the first pick.
-_NO_COSINE = -2.0
-_LOWEST = torch.finfo(torch.float32).min
-_HIGHEST = torch.finfo(torch.float32).max
+NO_COSINE = -2.0
+LOWEST = torch.finfo(torch.float32).min
+HIGHEST = torch.finfo(torch.float32).max
 
 
-class _Pools(NamedTuple):
-    """The pools that keep something: first row, rows, picks of each, on the host and on the device."""
+class Pools(NamedTuple):
+    """The pools that keep something: first row, rows, picks of each, on the host and on the device (see `pools_of`)."""
 
     starts: list[int]
     lens: list[int]
@@ -41,38 +41,42 @@ class _Pools(NamedTuple):
     inside: Tensor  # [P, Nmax]: lanes of the padded layout that hold a row
 
 
-def _pools(rows: Tensor, lens: Sequence[int], counts: Sequence[int]) -> _Pools:
+def check_pools(rows: Tensor, lens: Sequence[int], counts: Sequence[int]) -> None:
+    """Refuse lengths and counts that do not fit each other and the rows."""
     if len(lens) != len(counts) or sum(lens) != rows.shape[0]:
         raise ValueError(f"{len(lens)} pools of {sum(lens)} rows, but {len(counts)} counts and {rows.shape[0]} rows")
-    ends = accumulate(lens)
-    kept = []
-    for end, n, k in zip(ends, lens, counts, strict=True):
+    for n, k in zip(lens, counts, strict=True):
         if not 0 <= k <= n:
             raise ValueError(f"cannot keep {k} of the {n} rows of a pool; counts lie between 0 and the length")
-        if k:
-            kept.append((end - n, n, k))
+
+
+def pools_of(rows: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Pools:
+    """The pools of `rows` that keep something, checked."""
+    check_pools(rows, lens, counts)
+    kept = [(end - n, n, k) for end, n, k in zip(accumulate(lens), lens, counts, strict=True) if k]
     starts, sizes, picks = ([row[i] for row in kept] for i in range(3))
-    first, size = _ints(starts, rows.device), _ints(sizes, rows.device)
+    first, size = ints(starts, rows.device), ints(sizes, rows.device)
     inside = torch.arange(max(sizes, default=0), device=rows.device) < size[:, None]
-    return _Pools(starts, sizes, picks, first, size, inside)
+    return Pools(starts, sizes, picks, first, size, inside)
 
 
-def _ints(values: Sequence[int], device: torch.device) -> Tensor:
+def ints(values: Sequence[int], device: torch.device) -> Tensor:
+    """Host numbers on a device, int64, without waiting for it."""
     # torch.tensor(..., device=device) would wait for the device.
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def _padded(values: Tensor, pools: _Pools, fill: float) -> Tensor:
+def pad(values: Tensor, pools: Pools, fill: float) -> Tensor:
     """Flat values as ``[P, Nmax]`` fp32."""
     lane = torch.arange(pools.inside.shape[1], device=values.device)
     rows = (pools.first[:, None] + lane).clamp_(max=values.shape[0] - 1)
     return values.detach().float()[rows].masked_fill_(~pools.inside, fill)
 
 
-def _flat_rows(local: Tensor, pools: _Pools) -> Tensor:
+def flat_rows(local: Tensor, pools: Pools) -> Tensor:
     """Flat rows of the picks ``local[p, :counts[p]]``."""
     total = sum(pools.counts)
-    counts = _ints(pools.counts, local.device)
+    counts = ints(pools.counts, local.device)
     pool = torch.repeat_interleave(counts, output_size=total)
     step = torch.arange(total, device=local.device) - (counts.cumsum(0) - counts)[pool]
     return local[pool, step] + pools.first[pool]
@@ -94,23 +98,23 @@ def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
     Tensor
         ``[sum(counts)]`` int64 flat rows, pool after pool, by descending score.
     """
-    pools = _pools(scores, lens, counts)
+    pools = pools_of(scores, lens, counts)
     if not pools.counts:
         return scores.new_empty(0, dtype=torch.int64)
     # Padding lies behind the rows, so the stable sort keeps it behind rows of -inf too. Adding 0.0 makes -0.0 a 0.0,
     # which not every sort takes for equal.
-    padded = _padded(scores, pools, -torch.inf).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
+    padded = pad(scores, pools, -torch.inf).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
     local = padded.sort(dim=1, descending=True, stable=True).indices
-    return _flat_rows(local, pools)
+    return flat_rows(local, pools)
 
 
 @torch.no_grad()
 def minmax(values: Tensor, lens: Sequence[int]) -> Tensor:
     """Map the finite values of each pool to [0, 1]: ``(v - min) / (max - min + 1e-6)``, ``[T]`` fp32."""
-    pools = _pools(values, lens, lens)
+    pools = pools_of(values, lens, lens)
     if not pools.counts:
         return values.new_empty(0, dtype=torch.float32)
-    padded = _padded(values, pools, torch.nan)
+    padded = pad(values, pools, torch.nan)
     finite = padded.isfinite()
     low = padded.where(finite, torch.inf).amin(1)
     high = padded.where(finite, -torch.inf).amax(1)
@@ -118,20 +122,28 @@ def minmax(values: Tensor, lens: Sequence[int]) -> Tensor:
     return (values.detach().float() - low[pool]) / (high - low + 1e-6)[pool]
 
 
-class _Cosines:
+def unit_rows(features: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+    """Rows of unit length ``[n, D]`` fp32 (broken ones are zero), and which are sound ``[n]``. In memory of their own,
+    so that products round the same alone and in a batch."""
+    rows = features[start : start + n].detach().to(torch.float32, copy=True)
+    length = torch.linalg.vector_norm(rows, dim=1)
+    sound = length.isfinite()
+    rows /= length.clamp(min=1e-8)[:, None]
+    return rows.masked_fill_(~sound[:, None], 0.0), sound
+
+
+class Cosines:
     """Cosines between the rows of each pool: from N x N matrices, or as they are needed in large pools."""
 
-    def __init__(self, features: Tensor, pools: _Pools) -> None:
+    def __init__(self, features: Tensor, pools: Pools) -> None:
         # A matrix product rounds differently for another shape or alignment. So each pool is copied to memory of its
         # own and multiplied by itself, never in one bmm: it then picks the same rows alone as in a batch.
         self.unit: list[Tensor] = []
         sound = []
         for start, n in zip(pools.starts, pools.lens, strict=True):
-            rows = features[start : start + n].detach().to(torch.float32, copy=True)
-            length = torch.linalg.vector_norm(rows, dim=1)
-            sound.append(length.isfinite())
-            rows /= length.clamp(min=1e-8)[:, None]
-            self.unit.append(rows.masked_fill_(~sound[-1][:, None], 0.0))
+            unit, usable = unit_rows(features, start, n)
+            self.unit.append(unit)
+            sound.append(usable)
         #: ``[P, Nmax]``: rows without NaN or infinity; padding is not sound either.
         self.sound = pad_sequence(sound, batch_first=True)
 
@@ -145,8 +157,8 @@ class _Cosines:
             if n:
                 self.grams[p] = self.flat[end - n * n : end].view(n, n)
                 self.grams[p].copy_(self.unit[p] @ self.unit[p].T)  # type: ignore[union-attr]
-        self.offset = _ints([end - n * n for end, n in zip(ends, size, strict=True)], features.device)[:, None]
-        self.size = _ints(size, features.device)[:, None]
+        self.offset = ints([end - n * n for end, n in zip(ends, size, strict=True)], features.device)[:, None]
+        self.size = ints(size, features.device)[:, None]
         self.lane = torch.arange(pools.inside.shape[1], device=features.device)
 
     def to(self, picks: Tensor) -> Tensor:
@@ -160,36 +172,43 @@ class _Cosines:
 
     def nearest(self) -> Tensor:
         """Each row's largest cosine to another sound row of its pool, ``[P, Nmax]``; -2 where there is none."""
-        out = []
-        for unit, gram, sound in zip(self.unit, self.grams, self.sound, strict=True):
-            n = unit.shape[0]
-            broken = ~sound[:n]
-            nearest = unit.new_full((n,), _NO_COSINE)
-            step = BLOCK_ROWS if gram is None else n
-            for low in range(0, n, step):
-                rows = slice(low, low + step)
-                block = unit[rows] @ unit.T if gram is None else gram
-                # In place, also in the Gram matrix: picks never ask for a row's cosine to itself or to a broken row.
-                block.masked_fill_(broken | broken[rows, None], _NO_COSINE)
-                block.diagonal(low).fill_(_NO_COSINE)
-                # Down and across: the two halves may round differently, and two rows that are each other's nearest
-                # neighbours must tie.
-                nearest[rows] = torch.maximum(nearest[rows], block.amax(1))
-                nearest = torch.maximum(nearest, block.amax(0))
-            out.append(nearest)
+        out = [
+            nearest(unit, gram, sound[: unit.shape[0]])
+            for unit, gram, sound in zip(self.unit, self.grams, self.sound, strict=True)
+        ]
         return pad_sequence(out, batch_first=True)
 
 
-def _greedy(
-    pools: _Pools, cosines: _Cosines, first: Tensor, base: Tensor, penalty: float, last: Tensor, parallel_k: int
+def nearest(unit: Tensor, gram: Tensor | None, sound: Tensor) -> Tensor:
+    """Each row's largest cosine to another sound row of its pool, ``[n]``; -2 where there is none.
+
+    Changes the matrix, if there is one, where picks never look: at the diagonal and at broken rows.
+    """
+    n, broken = unit.shape[0], ~sound
+    found = unit.new_full((n,), NO_COSINE)
+    step = BLOCK_ROWS if gram is None else n
+    for low in range(0, n, step):
+        rows = slice(low, low + step)
+        block = unit[rows] @ unit.T if gram is None else gram
+        block.masked_fill_(broken | broken[rows, None], NO_COSINE)
+        block.diagonal(low).fill_(NO_COSINE)
+        # Down and across: the two halves may round differently, and two rows that are each other's nearest neighbours
+        # must tie.
+        found[rows] = torch.maximum(found[rows], block.amax(1))
+        found = torch.maximum(found, block.amax(0))
+    return found
+
+
+def greedy(
+    pools: Pools, cosines: Cosines, first: Tensor, base: Tensor, penalty: float | Tensor, last: Tensor, parallel_k: int
 ) -> Tensor:
     """Pick the largest `first`, then again and again the largest ``base - penalty * (largest cosine to a pick)``.
 
     `first`, `base` (finite) and `last` (rows that any other row beats) are ``[P, Nmax]``. All pools step together.
     """
     # One minimum per round says what a row can score at most: anything, the least of all (last), or nothing (picked).
-    limit = torch.full_like(base, torch.inf).masked_fill_(last, _LOWEST).masked_fill_(~pools.inside, -torch.inf)
-    closest = torch.full_like(base, _NO_COSINE)
+    limit = torch.full_like(base, torch.inf).masked_fill_(last, LOWEST).masked_fill_(~pools.inside, -torch.inf)
+    closest = torch.full_like(base, NO_COSINE)
     score = torch.minimum(first, limit)
     picks = limit.new_empty(limit.shape[0], max(pools.counts), dtype=torch.int64)
     for step in range(picks.shape[1]):
@@ -201,7 +220,7 @@ def _greedy(
         picks[:, step : step + 1] = pick
         score.scatter_(1, pick, -torch.inf)
         limit.scatter_(1, pick, -torch.inf)
-    return _flat_rows(picks, pools)
+    return flat_rows(picks, pools)
 
 
 @torch.no_grad()
@@ -238,14 +257,14 @@ def mmr(
     """
     if importance.shape != features.shape[:1]:
         raise ValueError(f"importance of shape {tuple(importance.shape)} for {features.shape[0]} rows")
-    pools = _pools(features, lens, counts)
+    pools = pools_of(features, lens, counts)
     if not pools.counts:
         return features.new_empty(0, dtype=torch.int64)
     with torch.autocast(features.device.type, enabled=False):
-        cosines = _Cosines(features, pools)
-        padded = _padded(importance, pools, 0.0).nan_to_num_(nan=_LOWEST, posinf=_HIGHEST, neginf=_LOWEST)
-        last = ~cosines.sound | (padded == _LOWEST)
-        return _greedy(pools, cosines, padded, padded * lam, 1.0 - lam, last, parallel_k)
+        cosines = Cosines(features, pools)
+        padded = pad(importance, pools, 0.0).nan_to_num_(nan=LOWEST, posinf=HIGHEST, neginf=LOWEST)
+        last = ~cosines.sound | (padded == LOWEST)
+        return greedy(pools, cosines, padded, padded * lam, 1.0 - lam, last, parallel_k)
 
 
 @torch.no_grad()
@@ -266,10 +285,49 @@ def max_min(features: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Ten
     Tensor
         ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice.
     """
-    pools = _pools(features, lens, counts)
+    pools = pools_of(features, lens, counts)
     if not pools.counts:
         return features.new_empty(0, dtype=torch.int64)
     with torch.autocast(features.device.type, enabled=False):
-        cosines = _Cosines(features, pools)
+        cosines = Cosines(features, pools)
         nearest = cosines.nearest()
-        return _greedy(pools, cosines, -nearest, torch.zeros_like(nearest), 1.0, ~cosines.sound, 1)
+        return greedy(pools, cosines, -nearest, torch.zeros_like(nearest), 1.0, ~cosines.sound, 1)
+
+
+class _Snapped(Cosines):
+    """Cosines in which copies have exactly 1."""
+
+    def to(self, picks: Tensor) -> Tensor:
+        cosines = super().to(picks)
+        return cosines.masked_fill_(cosines > 1 - 1e-6, 1.0)
+
+
+@torch.no_grad()
+def sads(features: Tensor, importance: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Greedy picks by ``importance * (1 - largest cosine to a pick)``, seeded at the largest importance.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[T, D]``.
+    importance : Tensor
+        ``[T]`` in [0, 1]. NaN and infinite ones come last, as do rows with such values.
+    lens, counts
+        Rows and picks per pool, ``0 <= counts[p] <= lens[p]``.
+
+    Returns
+    -------
+    Tensor
+        ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice.
+    """
+    pools = pools_of(features, lens, counts)
+    if not pools.counts:
+        return features.new_empty(0, dtype=torch.int64)
+    with torch.autocast(features.device.type, enabled=False):
+        cosines = _Snapped(features, pools)
+        padded = pad(importance, pools, 0.0)
+        last = ~(cosines.sound & padded.isfinite())
+        padded = padded.masked_fill(last, 0.0)
+        first = padded.masked_fill(last, LOWEST)
+        # importance - importance * cosine: the greedy loop's penalty, one per row.
+        return greedy(pools, cosines, first, padded, padded, last, 1)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.attention_rows import attention_rows
 from ..tokens import CLS_ROW, PRE_PROJECTOR, Probe
 
 #: Arguments of the inner model that carry pixels.
@@ -260,11 +261,9 @@ def cls_row(attention: Any, hidden: Tensor, softmax: bool) -> Tensor:
     """
     n, length, _ = hidden.shape
     heads = attention.num_heads
-    query = attention.q_proj(hidden[:, :1]).view(n, 1, heads, -1).transpose(1, 2).float()
-    key = attention.k_proj(hidden).view(n, length, heads, -1).transpose(1, 2).float()
-    row = (query @ key.transpose(-1, -2)).squeeze(2) * attention.scale
-    row = row.softmax(-1) if softmax else row
-    return row.mean(1)[:, 1:]
+    query = attention.q_proj(hidden[:, :1]).view(n, 1, heads, -1).transpose(1, 2)
+    key = attention.k_proj(hidden).view(n, length, heads, -1).transpose(1, 2)
+    return attention_rows(query, key, scale=attention.scale, softmax=softmax)[:, 0, 1:]
 
 
 class ClipTowerMixin:

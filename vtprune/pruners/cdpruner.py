@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..budget import Budget
 from ..errors import ConfigError
-from ..kernels import reference
-from ..kernels.dpp import dpp
+from ..kernels import reference, select
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 from . import common
@@ -62,7 +61,7 @@ class CDPruner(Pruner):
             scaled = reference.minmax(raw, lens) if sum(lens) else raw
             # The authors add 1e-6 as well, so that no token is out of the question.
             quality = torch.where(_flat(raw, lens), 1.0, scaled + 1e-6)
-            return Selection.from_order(dpp(tokens.features, quality, lens, counts), tokens, relevance=source)
+            return Selection.from_picks(select.dpp(tokens.features, quality, lens, counts), tokens, relevance=source)
 
     def _relevance(self, tokens: VisualTokens) -> tuple[Tensor, str]:
         """``[T]`` fp32; 0 where there is no question."""
@@ -74,9 +73,9 @@ class CDPruner(Pruner):
         start = first = 0
         for n, words in zip(tokens.sample_lens(len(tokens.text_lens)), tokens.text_lens, strict=True):
             if n and words:
-                unit, sound = common.unit_rows(tokens.features, start, n)
+                unit, sound = reference.unit_rows(tokens.features, start, n)
                 # The mean over words of the cosine is the cosine sum with one mean vector.
-                mean = common.unit_rows(tokens.text, first, words)[0].mean(0)
+                mean = reference.unit_rows(tokens.text, first, words)[0].mean(0)
                 scores[start : start + n] = (unit * mean).sum(1).masked_fill(~sound, torch.nan)
             start, first = start + n, first + words
         return (-scores if self.relevance == "negative" else scores), "question embeddings"

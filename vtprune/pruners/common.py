@@ -48,17 +48,7 @@ def unordered(rows: Tensor, tokens: VisualTokens, **info: str) -> Selection:
     return replace(Selection.from_order(rows, tokens, **info), order=None)
 
 
-def unit_rows(features: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
-    """Rows of unit length ``[n, D]`` fp32 (broken ones are zero), and which are sound ``[n]``. In memory of their own,
-    so that products round the same alone and in a batch."""
-    rows = features[start : start + n].detach().to(torch.float32, copy=True)
-    length = torch.linalg.vector_norm(rows, dim=1)
-    sound = length.isfinite()
-    rows /= length.clamp(min=1e-8)[:, None]
-    return rows.masked_fill_(~sound[:, None], 0.0), sound
-
-
-def top_then_even(scores: Tensor, sound: Tensor, lead: Tensor, pools: reference._Pools) -> Tensor:
+def top_then_even(scores: Tensor, sound: Tensor, lead: Tensor, pools: reference.Pools) -> Tensor:
     """The `lead` rows with the largest scores of each pool, then an even sample of its others in their order.
 
     Parameters
@@ -73,8 +63,8 @@ def top_then_even(scores: Tensor, sound: Tensor, lead: Tensor, pools: reference.
     Tensor
         ``[P, Kmax]`` rows within the pool; those beyond a pool's count mean nothing.
     """
-    padded = reference._padded(scores, pools, -torch.inf)
-    usable = reference._padded(sound.float(), pools, 0.0).bool() & padded.isfinite()
+    padded = reference.pad(scores, pools, -torch.inf)
+    usable = reference.pad(sound.float(), pools, 0.0).bool() & padded.isfinite()
     ranked = padded.masked_fill(~usable, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     slot = torch.arange(max(pools.counts), device=scores.device)[None]
     rank = torch.empty_like(ranked).scatter_(
@@ -85,7 +75,7 @@ def top_then_even(scores: Tensor, sound: Tensor, lead: Tensor, pools: reference.
     tier = torch.where(pools.inside, torch.where(chosen, 2, (~usable).long()), 3)
     rest = tier.sort(dim=1, stable=True).indices
     size = (tier == 0).sum(1, keepdim=True)
-    wanted = reference._ints(pools.counts, scores.device)[:, None] - lead[:, None]
+    wanted = reference.ints(pools.counts, scores.device)[:, None] - lead[:, None]
     step = (slot - lead[:, None]).clamp(min=0)
     at = torch.where(size >= wanted, step * size // wanted.clamp(min=1), step).clamp(max=rest.shape[1] - 1)
     return torch.where(slot < lead[:, None], ranked[:, : slot.shape[1]], rest.gather(1, at))
@@ -107,7 +97,7 @@ def nearest(features: Tensor, lens: Sequence[int], anchors: Tensor, counts: Sequ
     for n, k in zip(lens, counts, strict=True):
         if n and k:
             mine = anchors[first : first + k]
-            unit, sound = unit_rows(features, start, n)
+            unit, sound = reference.unit_rows(features, start, n)
             cosine = (unit @ unit[mine - start].T).masked_fill_(~sound[mine - start], NOTHING)
             closest = mine[cosine.argmax(1)]
             rows = slice(start, start + n)

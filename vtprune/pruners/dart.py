@@ -66,26 +66,26 @@ class DartPruner(Pruner):
             return common.unordered(self._rows(tokens, lens, counts), tokens)
 
     def _rows(self, tokens: VisualTokens, lens: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
-        pools = reference._pools(tokens.features, lens, counts)
-        length = reference._padded(importance.norm(tokens)[0], pools, -torch.inf)
+        pools = reference.pools_of(tokens.features, lens, counts)
+        length = reference.pad(importance.norm(tokens)[0], pools, -torch.inf)
         sound = length.isfinite()
         longest = length.masked_fill(~sound, -torch.inf).sort(dim=1, descending=True, stable=True).indices
         number = [min(self.pivots, k) for k in pools.counts]
         most = max(number)
         cosines = torch.full((*longest.shape, most), torch.inf, device=tokens.device)
         for p, (start, n) in enumerate(zip(pools.starts, pools.lens, strict=True)):
-            unit, _ = common.unit_rows(tokens.features, start, n)
+            unit, _ = reference.unit_rows(tokens.features, start, n)
             cosines[p, :n, : number[p]] = unit @ unit[longest[p, : number[p]]].T
         # What cannot be kept any more has inf, broken rows come just before it.
-        cosines = cosines.masked_fill(~sound[..., None], reference._HIGHEST)
+        cosines = cosines.masked_fill(~sound[..., None], reference.HIGHEST)
         cosines.masked_fill_(~pools.inside[..., None], torch.inf)
         ranks = torch.arange(longest.shape[1], device=tokens.device)
-        taken = torch.zeros_like(sound).scatter_(1, longest, ranks < reference._ints(number, tokens.device)[:, None])
+        taken = torch.zeros_like(sound).scatter_(1, longest, ranks < reference.ints(number, tokens.device)[:, None])
         for j in range(most):
             quota = [
                 (k - m) // m + (j < (k - m) % m) if j < m else 0 for k, m in zip(pools.counts, number, strict=True)
             ]
             least = cosines[..., j].masked_fill(taken, torch.inf).sort(dim=1, stable=True).indices
-            now = torch.zeros_like(taken).scatter_(1, least, ranks < reference._ints(quota, tokens.device)[:, None])
+            now = torch.zeros_like(taken).scatter_(1, least, ranks < reference.ints(quota, tokens.device)[:, None])
             taken |= now
-        return reference._flat_rows(taken.logical_not().long().sort(dim=1, stable=True).indices, pools)
+        return reference.flat_rows(taken.logical_not().long().sort(dim=1, stable=True).indices, pools)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..budget import Budget
-from ..kernels import reference
+from ..kernels import select
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 
@@ -33,4 +33,4 @@ class DivPrunePruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
-        return Selection.from_order(reference.max_min(tokens.features, pools.lens, pools.counts), tokens)
+        return Selection.from_picks(select.max_min(tokens.features, pools.lens, pools.counts), tokens)

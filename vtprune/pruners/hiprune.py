@@ -73,7 +73,7 @@ class HiPrunePruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         lens, counts = budget.pools(tokens)
-        pools = reference._pools(tokens.features, lens, counts)
+        pools = reference.pools_of(tokens.features, lens, counts)
         deep, source = common.attention(tokens)
         middle = tokens.probes.get(self._middle)
         info = {"importance": source, "anchors": source if middle is None else f"cls, layer {self._middle.layer}"}
@@ -90,17 +90,17 @@ class HiPrunePruner(Pruner):
             tier.index_fill_(0, around, 1).index_fill_(0, anchors, 2)
             tier = tier.masked_fill(~sound, 0)
             # Two stable sorts: by attention, then by tier.
-            padded = reference._padded(deep, pools, -torch.inf).nan_to_num(nan=-torch.inf)
+            padded = reference.pad(deep, pools, -torch.inf).nan_to_num(nan=-torch.inf)
             order = padded.sort(dim=1, descending=True, stable=True).indices
-            tiers = reference._padded(tier, pools, -1.0).gather(1, order)
+            tiers = reference.pad(tier, pools, -1.0).gather(1, order)
             order = order.gather(1, tiers.sort(dim=1, descending=True, stable=True).indices)
-            return common.unordered(reference._flat_rows(order, pools), tokens, **info)
+            return common.unordered(reference.flat_rows(order, pools), tokens, **info)
 
 
 def _around(tokens: VisualTokens, anchors: Tensor) -> Tensor:
     """Flat rows of the four neighbours of each anchor; the anchor itself where a segment ends."""
     total = tokens.features.shape[0]
-    n = reference._ints(tokens.seqlens, tokens.device)
+    n = reference.ints(tokens.seqlens, tokens.device)
     cu = tokens.cu_seqlens
     segment = torch.repeat_interleave(n, output_size=total)
     row, column = tokens.coords[:, 1], tokens.coords[:, 2]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..budget import Budget
 from ..errors import ConfigError
-from ..kernels import reference
+from ..kernels import reference, select
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
 from . import importance
@@ -116,8 +116,8 @@ class IDPruner(Pruner):
         if self.importance_norm == "soft_topk_minmax":
             scores = trained.soften(scores, pools.lens)
         scores = reference.minmax(scores, pools.lens)
-        order = reference.mmr(tokens.features, scores, pools.lens, pools.counts, self.mmr_lambda, self.parallel_k)
-        return Selection.from_order(order, tokens, importance=source)
+        picks = select.mmr(tokens.features, scores, pools.lens, pools.counts, self.mmr_lambda, self.parallel_k)
+        return Selection.from_picks(picks, tokens, importance=source)
 
     def _importance(self, tokens: VisualTokens, lens: Sequence[int]) -> tuple[Tensor, str]:
         if self.scorer is None:

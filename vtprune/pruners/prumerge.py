@@ -63,14 +63,14 @@ class PruMergePlusPruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         lens, counts = budget.pools(tokens)
-        pools = reference._pools(tokens.features, lens, counts)
+        pools = reference.pools_of(tokens.features, lens, counts)
         scores, source = common.attention(tokens)
         if not pools.counts:
             return common.unordered(tokens.source.new_empty(0), tokens, importance=source)
         with common.exact(tokens):
             sound = tokens.features.float().sum(1).isfinite() & scores.isfinite()
-            lead = torch.minimum(_outliers(scores, sound, pools), reference._ints(pools.counts, tokens.device))
-            rows = reference._flat_rows(common.top_then_even(scores, sound, lead, pools), pools)
+            lead = torch.minimum(_outliers(scores, sound, pools), reference.ints(pools.counts, tokens.device))
+            rows = reference.flat_rows(common.top_then_even(scores, sound, lead, pools), pools)
             selection = common.unordered(rows, tokens, importance=source)
             if not self.neighbours:
                 return selection
@@ -94,7 +94,7 @@ class PruMergePlusPruner(Pruner):
             near = min(self.neighbours, n - k)
             if k and near:
                 mine, rows = index[first : first + k], slice(start, start + n)
-                unit, _ = common.unit_rows(tokens.features, start, n)
+                unit, _ = reference.unit_rows(tokens.features, start, n)
                 cosine = (unit[mine - start] @ unit.T).masked_fill_(kept[rows] | ~sound[rows], common.NOTHING)
                 like, at = cosine.sort(dim=1, descending=True, stable=True)
                 features = tokens.features[rows].detach().float().masked_fill(~sound[rows, None], 0.0)
@@ -109,10 +109,10 @@ class PruMergePlusPruner(Pruner):
         return out
 
 
-def _outliers(scores: Tensor, sound: Tensor, pools: reference._Pools) -> Tensor:
+def _outliers(scores: Tensor, sound: Tensor, pools: reference.Pools) -> Tensor:
     """How many scores of each pool lie above its upper fence, ``[P]``; quartiles interpolate."""
-    usable = reference._padded(sound.float(), pools, 0.0).bool()
-    values = reference._padded(scores, pools, torch.inf).masked_fill(~usable, torch.inf)
+    usable = reference.pad(sound.float(), pools, 0.0).bool()
+    values = reference.pad(scores, pools, torch.inf).masked_fill(~usable, torch.inf)
     ranked = values.sort(dim=1).values
     number = usable.sum(1, keepdim=True)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..budget import Budget
 from ..errors import ConfigError
-from ..kernels.coverage import coverage
+from ..kernels import select
 from ..registry import Pruner, register
 from ..tokens import CLS_ROW, PROJECTOR, Probe, Selection, Stage, VisualTokens
 from . import common
@@ -59,4 +59,6 @@ class ScopePruner(Pruner):
             saliency, source = common.attention(tokens)
             saliency = saliency if source == "cls" else (saliency + 1) / 2
             weight = saliency.clamp(min=0) ** self.alpha
-            return Selection.from_order(coverage(tokens.features, weight, lens, counts), tokens, importance=source)
+            return Selection.from_picks(
+                select.coverage(tokens.features, weight, lens, counts), tokens, importance=source
+            )

@@ -61,22 +61,22 @@ class VisionZipPruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         lens, counts = budget.pools(tokens)
-        pools = reference._pools(tokens.features, lens, counts)
+        pools = reference.pools_of(tokens.features, lens, counts)
         scores, source = common.attention(tokens)
         if not pools.counts:
             return common.unordered(tokens.source.new_empty(0), tokens, importance=source)
         with common.exact(tokens):
             sound = tokens.features.float().sum(1).isfinite()
             lead = [int(k * self.dominant + 0.5) for k in pools.counts]
-            local = common.top_then_even(scores, sound, reference._ints(lead, tokens.device), pools)
-            rows = reference._flat_rows(local, pools)
+            local = common.top_then_even(scores, sound, reference.ints(lead, tokens.device), pools)
+            rows = reference.flat_rows(local, pools)
             # The contextual ones are the last of each pool.
             at: list[int] = []
             end = 0
             for d, k in zip(lead, pools.counts, strict=True):
                 at.extend(range(end + d, end + k))
                 end += k
-            anchors = rows[reference._ints(at, tokens.device)]
+            anchors = rows[reference.ints(at, tokens.device)]
             movable = torch.ones_like(sound).index_fill_(0, rows, False)
             contextual = iter([k - d for d, k in zip(lead, pools.counts, strict=True)])
             numbers = [next(contextual) if k else 0 for k in counts]

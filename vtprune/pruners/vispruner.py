@@ -69,7 +69,7 @@ class VisPruner(Pruner):
                 if k:
                     mine = ranked[start : start + n] - start
                     lead = int(k * self.important + 1e-6)
-                    unit, sound = common.unit_rows(tokens.features, start, n)
+                    unit, sound = reference.unit_rows(tokens.features, start, n)
                     diverse = self._distinct(unit, sound, mine[lead:], k - lead)
                     kept += [mine[:lead] + start, diverse + start]
                 start += n

@@ -17,7 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..budget import Budget
 from ..errors import ConfigError, UnsupportedModelError
-from ..kernels import reference
+from ..kernels import select
+from ..kernels import sensitivity as op
+from ..kernels.dispatch import half, resolve
 from ..registry import Pruner, register
 from ..tokens import PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
 
@@ -155,14 +157,14 @@ class ZooPruner(Pruner):
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
         scores, noise, ran = self._estimate(tokens)
-        order = sads(tokens.features, normalise(scores, pools.lens, noise), pools.lens, pools.counts)
+        picks = select.sads(tokens.features, normalise(scores, pools.lens, noise), pools.lens, pools.counts)
         info = {"estimator": ran}
         if self.diagnostics:
             found = np.array(self.diagnose(tokens)).reshape(-1, 3)
             for name, column in zip(Diagnostics._fields, found.T, strict=True):
                 sound = column[~np.isnan(column)]
                 info[name] = f"{sound.mean():.3f}" if len(sound) else "nan"
-        return Selection.from_order(order, tokens, **info)
+        return Selection.from_picks(picks, tokens, **info)
 
     def diagnose(self, tokens: VisualTokens) -> list[Diagnostics]:
         """How far each image's sensitivity can be trusted, and what it adds to the norm. Waits for the device."""
@@ -231,7 +233,8 @@ def sensitivity(
     Parameters
     ----------
     rows : Tensor
-        ``[n * group, d_v]`` encoder rows. The work is done in fp32, or fp64 where they are fp64.
+        ``[n * group, d_v]`` encoder rows. The work is done in fp32, or fp64 where they are fp64. On a GPU the kernels
+        of `vtprune.kernels.sensitivity` multiply the half-precision weights of two layers as they are.
     projector
         Maps them to ``[n, D]``.
     directions : Tensor
@@ -250,6 +253,8 @@ def sensitivity(
     layers = None if estimator == "fd" else two_layers(projector)
     projector = projector if layers else _cast(projector, dtype)
     place = next(projector.parameters(), rows).device if isinstance(projector, nn.Module) else rows.device
+    if layers is not None and group == 1 and dtype == torch.float32 and _has_kernel(layers):
+        return _by_kernel(layers, rows.detach().to(place), directions.to(place), h, estimator)
     rows, directions = (x.detach().to(place, dtype, non_blocking=True) for x in (rows, directions))
     n, dim = rows.shape[0] // group, rows.shape[1]
     with torch.autocast(rows.device.type, enabled=False):
@@ -267,6 +272,19 @@ def sensitivity(
             norms = torch.linalg.vector_norm(change(some).view(len(some), n, -1), dim=-1)
             total += (norms.square() if squared else norms).sum(0)
         return (total / len(directions)).sqrt() if squared else total / len(directions)
+
+
+def _has_kernel(layers: Layers) -> bool:
+    return half(layers[2].weight) and resolve("auto", layers[2].weight) == "triton"
+
+
+def _by_kernel(layers: Layers, rows: Tensor, directions: Tensor, h: float, estimator: str) -> Tensor:
+    weights = op.Layers(layers[0].weight, layers[0].bias, layers[1], layers[2].weight)
+    if estimator == "frobenius":
+        with torch.autocast(rows.device.type, enabled=False):
+            gram = _gram(layers, torch.float32, torch.bfloat16)
+        return op.mean_square_change(rows, weights, gram)
+    return op.mean_change(rows, weights, directions, h if estimator == "fd_fused" else 0.0)
 
 
 Change = Callable[[Tensor], Tensor]
@@ -336,15 +354,17 @@ def _slope(act: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 _GRAMS: Any = WeakTensorKeyDictionary()
 
 
-def _gram(layers: Layers, dtype: torch.dtype) -> Tensor:
+def _gram(layers: Layers, dtype: torch.dtype, kept: torch.dtype | None = None) -> Tensor:
+    """G, computed in `dtype` and kept in another if asked to."""
+    kept = kept or dtype
     inner, outer = layers[0].weight, layers[2].weight
     known = not (inner.is_inference() or outer.is_inference())  # those have no version
-    stamp = [(w.data_ptr(), w._version, w.device, dtype) for w in (inner, outer)] if known else []
+    stamp = [(w.data_ptr(), w._version, w.device, dtype, kept) for w in (inner, outer)] if known else []
     old = _GRAMS.get(inner)
     if known and old is not None and old[0] == stamp:
         return cast(Tensor, old[1])
     one, two = inner.detach().to(dtype), outer.detach().to(dtype)
-    gram = (one @ one.T) * (two.T @ two)
+    gram = ((one @ one.T) * (two.T @ two)).to(kept)
     if known:
         _GRAMS[inner] = (stamp, gram)
     return gram
@@ -409,45 +429,6 @@ def normalise(scores: Tensor, lens: Sequence[int], noise: Tensor | float = 0.0) 
         same = high - low <= 1e-6 * high + noise[rows].nanmedian()
         out[rows] = torch.where(same & sound, 1.0, (mine - low) / (high - low + 1e-8))
     return out
-
-
-class _Snapped(reference._Cosines):
-    """Cosines in which copies have exactly 1."""
-
-    def to(self, picks: Tensor) -> Tensor:
-        cosines = super().to(picks)
-        return cosines.masked_fill_(cosines > 1 - 1e-6, 1.0)
-
-
-@torch.no_grad()
-def sads(features: Tensor, importance: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Greedy picks by ``importance * (1 - largest cosine to a pick)``, seeded at the largest importance.
-
-    Parameters
-    ----------
-    features : Tensor
-        ``[T, D]``.
-    importance : Tensor
-        ``[T]`` in [0, 1]. NaN and infinite ones come last, as do rows with such values.
-    lens, counts
-        Rows and picks per pool, ``0 <= counts[p] <= lens[p]``.
-
-    Returns
-    -------
-    Tensor
-        ``[sum(counts)]`` int64 flat rows, pool after pool, in the order of choice.
-    """
-    pools = reference._pools(features, lens, counts)
-    if not pools.counts:
-        return features.new_empty(0, dtype=torch.int64)
-    with torch.autocast(features.device.type, enabled=False):
-        cosines = _Snapped(features, pools)
-        padded = reference._padded(importance, pools, 0.0)
-        last = ~(cosines.sound & padded.isfinite())
-        padded = padded.masked_fill(last, 0.0)
-        first = padded.masked_fill(last, reference._LOWEST)
-        # importance - importance * cosine: the greedy loop's penalty, one per row.
-        return reference._greedy(pools, cosines, first, padded, cast(float, padded), last, 1)
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton where it is installed. Without it kernels are defined, and never run: see `dispatch.resolve`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import interpreted
+
+tl: Any
+triton: Any
+try:
+    tl, triton = importlib.import_module("triton.language"), importlib.import_module("triton")
+except ImportError:
+    tl = triton = None
+
+
+def jit(function: Any) -> Any:
+    """``triton.jit``, or nothing."""
+    return function if triton is None else triton.jit(function)
+
+
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make that the one of `x`."""
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(x.device)
+
+
+def precise(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast of what is computed with `x`."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+#: What `on_device` has copied: the numbers, their copy, and an event behind it. The oldest go first.
+_COPIES: dict[tuple[Any, ...], tuple[Tensor, Tensor, Any]] = {}
+_MOST_COPIES = 256
+#: Copies whose addresses are part of a captured graph: they must outlive it, and nobody tells when that ends.
+_CAPTURED: list[Tensor] = []
+
+
+def on_device(numbers: Sequence[int], device: torch.device, repeat: bool = False) -> Tensor:
+    """Host numbers as int64 on a device; with `repeat`, each index as often as its number says. Not to be written to.
+
+    Copied at their first use only: nobody waits, and a call can be captured in a CUDA graph once it has run."""
+    key = tuple(numbers), device, repeat
+    found = _COPIES.get(key)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if found is None:
+        host = torch.tensor(key[0], dtype=torch.int64)
+        host = torch.repeat_interleave(host) if repeat else host
+        copy = host.to(device, non_blocking=True)
+        if device.type != "cuda":
+            return copy
+        found = host, copy, None if capturing else torch.cuda.current_stream(device).record_event()
+        if not capturing:  # inside a graph it has no content before the first replay
+            if len(_COPIES) >= _MOST_COPIES:
+                _COPIES.pop(next(iter(_COPIES)))
+            _COPIES[key] = found
+    elif not capturing:  # a capture begins with a wait for everything
+        torch.cuda.current_stream(device).wait_event(found[2])
+    if capturing:
+        _CAPTURED.extend(found[:2])
+    return found[1]
+
+
+def descriptor(x: Tensor, block: list[int]) -> Any:
+    """A TMA descriptor of a matrix, for blocks of that shape; `describable` says of which."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, block)
+
+
+@functools.cache
+def _loads_tiles(device: torch.device) -> bool:
+    """TMA: a Hopper GPU or later, and a Triton that knows how."""
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401
+    except ImportError:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def describable(*matrices: Tensor) -> bool:
+    """TMA can load these matrices here: their rows start at 16 bytes."""
+    return all(
+        x.stride(1) == 1
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and min(x.shape) > 0
+        and _loads_tiles(x.device)
+        for x in matrices
+    )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of the GPU of `x`; 2 for the interpreter."""
+    return _processors(x.device) if x.is_cuda else 2
+
+
+def multipliable(x: Tensor) -> Tensor:
+    """`x`, in fp32 where Triton's interpreter, which cannot multiply bf16, is to do it."""
+    return x.float() if interpreted() and x.dtype == torch.bfloat16 else x
