@@ -178,3 +178,28 @@ def test_memory_is_bounded_whatever_the_vocabulary() -> None:
     assert 152_064 * 4 <= norms < 8 << 20
     assert twice - small <= 16 * 600  # norms, and nothing else
     assert 1 << 20 < twice + norms < 32 << 20, f"{(twice + norms) / 2**20:.1f} MiB"
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu() -> None:
+    """The same sizes with real numbers."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows, table = (
+        torch.randn(n, SLOW_WIDTH, device="cuda", generator=generator, dtype=torch.bfloat16) for n in (1296, 152_064)
+    )
+    anchors = torch.tensor([5, 100_000, 152_063], device="cuda")
+    lens_topk(rows[:8], table[:512], 10)  # whatever is set up once
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    inverse = inverse_norms(table)
+    values, ids = lens_topk(rows, table, 10, inverse=inverse)
+    rank = lens_rank(rows, table, anchors, inverse=inverse)
+    used = torch.cuda.max_memory_allocated() - before
+    assert used < 32 << 20, f"{used / 2**20:.1f} MiB"
+    sound = (
+        torch.nn.functional.normalize(rows[:64].float(), dim=1) @ torch.nn.functional.normalize(table.float(), dim=1).T
+    )
+    assert torch.allclose(values[:64], sound.topk(10, dim=1).values, atol=1e-3)
+    among = (ids[:64, None] == anchors[:, None]).any(2)
+    assert torch.equal(among, rank[:64] < 10)
