@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import re
+from typing import Any
 
 # Before transformers is imported: a test that reaches for the network must fail at once, not depend on it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -107,3 +108,14 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # some libraries still draw from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def invented() -> Any:
+    """Anchors at random for the tiny models: about half of their tokens are in some class."""
+    import tiny
+
+    from vtprune.lens import Calibration
+
+    anchors = {"vit_sink": (7, 8), "llm_sink": (30,), "dead": tuple(range(40, 60))}
+    return Calibration("tiny", tiny.VOCABULARY, 32, anchors, excluded=(tiny.PAD, tiny.IMAGE, tiny.VIDEO))

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vtprune.registry import Pruner
 from vtprune.tokens import CLS_LOGITS, CLS_ROW, VisualTokens
@@ -90,3 +92,24 @@ class NoHostSync(TorchDispatchMode):
         if name in self.SYNCS or masks or counts:
             raise AssertionError(f"{name} waits for the device")
         return func(*args, **(kwargs or {}))
+
+
+class PeakBytes(TorchDispatchMode):
+    """Within this context, `bytes` is the most that tensors made in it held at a time; works on
+    fake tensors as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                storage = leaf.untyped_storage()
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.bytes = max(self.bytes, sum(size for _, size in self.live.values()))
+        return out

@@ -6,10 +6,14 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy, corematching, icl, kernels, prefill
+from benchmarks import accuracy, corematching, icl, kernels, lens, prefill
+from vtprune.lens import Lens
+from vtprune.lens.probe import View
+from vtprune.models.pocket import data
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,46 @@ def test_corematching_writes_its_three_files(tmp_path: Path, monkeypatch: pytest
     assert all(0 < float(row["decode_flops"]) <= 1 and 0 < float(row["prefill_flops"]) <= 1 for row in answers)
     assert all(float(row["largest_error"]) < 1e-5 for row in decode if row["largest_error"])
     assert {row["unit"] for row in decode} == {"us", "ms", "tokens/s"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::vtprune.errors.VTPruneWarning")
+def test_every_experiment_of_the_lens_writes_its_table(tmp_path: Path) -> None:
+    names = list(lens.EXPERIMENTS)
+    assert lens.main([*names, "--questions", "6", "--batch", "6", "--commit", "test", "--out", str(tmp_path)]) == 0
+    tables = {}
+    for name in names:
+        with (tmp_path / f"lens-{name}-pocket-llava-cpu.csv").open(encoding="utf-8") as file:
+            tables[name] = list(csv.DictReader(file))
+    assert {row["layer"] for row in tables["words"]} == set(map(str, range(7)))
+    assert all(
+        0 <= float(row["hit"]) <= 1 and row["patches"] == tables["words"][0]["patches"] for row in tables["words"]
+    )
+    assert {row["class"] for row in tables["shares"]} >= {"dead", "alive"}
+    for row in tables["shares"]:
+        assert float(row["low"]) <= float(row["share"]) <= float(row["high"])
+    drop, control = (
+        next(r for r in tables["remove"] if r["removed"] == "dead" and r["what"].startswith(what))
+        for what in ("the class", "as many")
+    )
+    assert float(drop["tokens"]) < 400 and float(control["tokens"]) >= float(drop["tokens"])
+    baseline = [r for r in tables["inject"] if (r["way"], r["layer"], r["kind"]) == ("enter before", "0", "all")]
+    assert len(baseline) == 1 and float(baseline[0]["accuracy"]) > 0.8 and float(baseline[0]["to_baseline"]) == 0
+    assert {r["sublayers"] for r in tables["skip"]} >= {"none", "0", "0.5", "5.5", "attention", "mlp", "both"}
+    assert {r["kind"] for r in tables["patches"]} == {"object", "color", "count", "character"}
+
+
+def test_an_object_owns_the_patches_that_it_covers() -> None:
+    shape = data.Shape(cell=8, shape="square", size="large", color="red", rgb=(220, 40, 40))
+    scene = data.Scene("x", (shape,), (), ((0.5, 0.5, 0.5),) * 4)
+    coords = np.array([(0, r, c) for r in range(24) for c in range(24)], np.float32)
+    view = View(0, 0, "image", (24, 24), (0.0, 0.0, 1.0, 1.0), 576)
+    seen = Lens((0,), np.zeros((1, 576, 1), int), np.zeros((1, 576, 1), np.float32), coords, (view,))
+    owner = lens.owner_of(scene, seen).reshape(24, 24)
+    # Cell 8 is row 1, column 2 of 6 x 6: patches 4 to 7 and 8 to 11. The square has 42 of the cell's 56 pixels.
+    rows, columns = np.nonzero(owner == 0)
+    assert rows.min() == 4 and rows.max() == 7 and columns.min() == 8 and columns.max() == 11
+    assert len(rows) in (12, 16) and (owner[5:7, 9:11] == 0).all()
 
 
 def test_kernels_are_timed_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

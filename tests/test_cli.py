@@ -21,6 +21,7 @@ from PIL import Image
 
 import vtprune
 from vtprune import cli, models, registry
+from vtprune.models.loading import build_inputs
 
 WORDS = ("what", "does", "the", "text", "say", "?", "USER:", "ASSISTANT:")
 TEMPLATE = (
@@ -137,7 +138,7 @@ def test_ask_answers_like_the_library(
     assert ask(picture, question, "--model", checkpoints["qwen"], "--max-new-tokens", "5", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     model, processor = vtprune.load(str(checkpoints["qwen"]), device="cpu")
-    inputs = cli.build_inputs(model, processor, Image.open(picture), question)
+    inputs = build_inputs(model, processor, Image.open(picture), question)
     start = inputs["input_ids"].shape[1]
 
     def answer() -> str:
@@ -151,7 +152,7 @@ def test_ask_answers_like_the_library(
 
 def test_prompt_without_a_chat_template(checkpoints: dict[str, Path], picture: str) -> None:
     model, processor = vtprune.load(str(checkpoints["llava"]), device="cpu")
-    inputs = cli.build_inputs(model, processor, Image.open(picture), "what ?")
+    inputs = build_inputs(model, processor, Image.open(picture), "what ?")
     text = processor.batch_decode(inputs["input_ids"])[0]
     assert text.split() == ["USER:", *["<image>"] * 16, "what", "?", "ASSISTANT:"]
 
@@ -366,3 +367,45 @@ def test_eval_refuses_before_anything_is_loaded(
     assert cli.main(["eval", *arguments, "--out", str(tmp_path / "rows.jsonl")]) == 2
     assert named in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def look(*arguments: str | Path) -> int:
+    return cli.main(["lens", *map(str, arguments), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen"])
+def test_lens_draws_a_picture_and_a_page(
+    family: str, checkpoints: dict[str, Path], picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png, page = tmp_path / "lens.png", tmp_path / "lens.html"
+    assert look(picture, "--model", checkpoints[family], "--out", png, "--layer", 2) == 0
+    out = capsys.readouterr().out
+    assert "visual tokens" in out and "not classified: there is no calibration" in out
+    with Image.open(png) as drawn:
+        assert drawn.format == "PNG" and drawn.width >= 400
+    rule = {"checkpoint": "tiny", "vocabulary": tiny.VOCABULARY, "width": 32, "anchors": {"dead": [40, 41, 42]}}
+    (tmp_path / "mine.json").write_text(json.dumps(rule))
+    chosen = ("--calibration", tmp_path / "mine.json")
+    assert look(picture, "--model", checkpoints[family], "--out", page, "--topk", 4, *chosen) == 0
+    assert "dead" in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert data["layers"] == list(range(tiny.LAYERS + 1)) and data["layer"] == tiny.LAYERS
+    assert len(data["panels"][0]["tokens"][0]["words"][0]) == 4 and "picture.png" in text
+
+
+def test_lens_mistakes_are_one_line(
+    checkpoints: dict[str, Path], picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ("--model", checkpoints["llava"])
+    for arguments, said in (
+        ((picture, "--out", tmp_path / "lens.gif"), ".png or .html"),
+        ((picture, "--out", tmp_path / "no" / "lens.png"), "does not exist"),
+        (("nothing.png", *model), "no image"),
+        ((picture, "--out", tmp_path / "x.png", "--layer", 9, *model), "layer 9 is not there"),
+        ((picture, "--out", tmp_path / "x.html", "--layer", 9, *model), "layer 9 was not looked at"),
+        ((picture, "--calibration", tmp_path / "none.json", *model), "cannot read the calibration"),
+    ):
+        assert look(*arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert said in error and "\n" not in error, error

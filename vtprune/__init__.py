@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .api import Handle, apply, encode, remove, report, select, using
     from .budget import Budget
     from .config import PruneConfig
+    from .lens.probe import lens
     from .models.loading import load
     from .registry import Pruner, methods, register
     from .tokens import Probe, Selection, Stage, VisualTokens
@@ -44,6 +45,7 @@ __all__ = [
     "VisualTokens",
     "apply",
     "encode",
+    "lens",
     "load",
     "methods",
     "register",
@@ -53,7 +55,7 @@ __all__ = [
     "using",
 ]
 #: Subpackages that are there without an import of their own.
-_SUBPACKAGES = ("decoding",)
+_SUBPACKAGES = ("decoding", "lens")
 
 
 def __getattr__(name: str) -> Any:

@@ -149,6 +149,7 @@ def _check(job: Job, family: Family) -> None:
             f"model has only {' and '.join(family.placeholders)} tokens; choose another method"
         )
     job.pruner.check_model(family.config.text_config.hidden_size, family.projector)
+    job.pruner.check_checkpoint(family.checkpoint, family.vocabulary)
 
 
 def make_config(method: str | Sequence[str] | PruneConfig, **settings: Any) -> PruneConfig:

@@ -173,6 +173,8 @@ def ask(
         config = _config(method, keep, option or [])
         say(f"loading {model}")
         net, processor = _load(model, device, dtype)
+        from .models.loading import build_inputs
+
         inputs = build_inputs(net, processor, picture, question)
         say("answering with all visual tokens")
         dense = _measure(net, processor, inputs, max_new_tokens)
@@ -245,6 +247,70 @@ def evaluate(
     if table is not None:
         to_csv(summary, table)
     print(to_markdown(summary))
+
+
+@app.command("lens")
+def look(
+    image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, WebP.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name.")
+    ] = "pocket-llava",
+    layer: Annotated[
+        int | None, typer.Option(help="Whose words are on the patches; 0: before the first layer.", show_default="last")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="lens.png: a picture. lens.html: a page with all layers.")] = Path(
+        "lens.png"
+    ),
+    calibration: Annotated[
+        Path | None, typer.Option(help="Which tokens are sinks or dead.", show_default="the checkpoint's")
+    ] = None,
+    topk: Annotated[int, typer.Option(min=1, help="Words per patch and layer of a page.")] = 10,
+    device: Annotated[str | None, typer.Option(help="For example cpu or cuda:0.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default=False)] = None,
+) -> None:
+    """See what each visual token says: the word that it is nearest to, and whether it is sink, dead or alive."""
+    paged = out.suffix.lower() in (".html", ".htm")
+    if not paged and out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out} is neither a picture nor a page; name it .png or .html")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    picture = _open_image(image)
+    if calibration is not None:
+        from .lens import Calibration
+
+        Calibration.load(calibration)  # an unusable file is an error before the model is loaded
+    with _quiet(False) as say:
+        say(f"loading {model}")
+        net, processor = _load(model, device, dtype)
+        from .lens import lens
+        from .models import find_family
+        from .models.loading import build_inputs
+        from .viz import lens_page, lens_picture, seen_image
+
+        inputs = build_inputs(net, processor, picture, "what is in the picture ?")
+        depth = len(find_family(net).lm.layers)
+        shown = depth if layer is None else layer
+        say("looking")
+        seen = lens(net, inputs, None if paged else shown, topk, processor, calibration)
+        seen.at(shown)  # an unknown layer is an error before anything is drawn
+        categories = seen.classes
+        drawn = seen_image(processor, inputs, picture)
+        try:
+            if paged:
+                title = f"What {Path(model).name}'s visual tokens say about {image.name}"
+                out.write_text(lens_page(drawn, seen, shown, categories, title=title), encoding="utf-8")
+            else:
+                lens_picture(drawn, seen, shown, categories).save(out, format="PNG")
+        except OSError as error:
+            raise ConfigError(f"cannot write {out} ({error}); choose another path") from None
+    console = Console(highlight=False)
+    if categories is not None:
+        parts = [f"{name.replace('_', ' ')} {share:.1%}" for name, share in categories.shares().items()]
+        console.print(f"{len(seen)} visual tokens: {', '.join(parts)}", markup=False)
+    else:
+        console.print(f"{len(seen)} visual tokens", markup=False)
+        console.print("note: not classified:", seen.why, markup=False, soft_wrap=True)
+    console.print(f"{'page' if paged else 'picture'}: {out}", markup=False)
 
 
 def _describe(cls: type[Pruner]) -> dict[str, Any]:
@@ -403,26 +469,6 @@ def _ready(device: str | None) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-
-
-def build_inputs(model: Any, processor: Any, picture: Image.Image, question: str) -> Any:
-    """What the model is given for one picture and one question, on its device and in its dtype.
-
-    The processor's chat template words the prompt; a processor without one gets the format of LLaVA-1.5.
-    """
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    else:
-        token = getattr(processor, "image_token", "<image>")
-        inputs = processor(images=picture, text=f"USER: {token}\n{question} ASSISTANT:", return_tensors="pt")
-    return inputs.to(model.device, dtype=model.dtype)
 
 
 def _measure(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> dict[str, Any]:

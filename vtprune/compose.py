@@ -97,6 +97,10 @@ class Composed(Pruner):
     def stage_budget(self, budget: Budget, stage: Stage) -> Budget:
         return self._budget(budget, *self._here(stage)[-1])
 
+    def check_checkpoint(self, checkpoint: str, vocabulary: Tensor) -> None:
+        for member in self.members:
+            member.check_checkpoint(checkpoint, vocabulary)
+
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         here = self._here(stage)
         lens, steps = self._counts(tokens, budget, here)

@@ -106,6 +106,15 @@ class Pruner:
             Where an option does not fit the model, and where the model lacks something.
         """
 
+    def check_checkpoint(self, checkpoint: str, vocabulary: Tensor) -> None:
+        """Refuse a checkpoint that the method knows too little about; called at `apply`.
+
+        Parameters
+        ----------
+        checkpoint, vocabulary
+            As in `VisualTokens`.
+        """
+
     def score(self, tokens: VisualTokens) -> Tensor:
         """Score per token, ``[T]`` fp32, larger is better; NaN counts as -inf."""
         raise NotImplementedError(f"{type(self).__name__} must override score() or select()")

@@ -138,6 +138,10 @@ class VisualTokens:
         Captured tensors by `Probe`; see there for shapes.
     projector : callable or None
         Maps pre-projector rows ``[n * r, d_v]`` to ``[n, D]``.
+    vocabulary : Tensor or None
+        ``[V, D]``, the input embeddings of the language model; not a copy.
+    checkpoint
+        Where the model was loaded from: a folder, a hub name, or empty.
     ctx : dict
         Free for the pruner; the same object is handed to every stage of one call.
     """
@@ -160,6 +164,8 @@ class VisualTokens:
     prompt_lens: tuple[int, ...] | None = None
     probes: dict[Probe, Tensor] = field(default_factory=dict)
     projector: Callable[[Tensor], Tensor] | None = None
+    vocabulary: Tensor | None = field(default=None, repr=False)
+    checkpoint: str = ""
     ctx: dict[str, Any] = field(default_factory=dict)
 
     @property

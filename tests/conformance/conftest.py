@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the test-only pruners known for as long as a conformance test runs, and no longer."""
+"""Makes the test-only pruners known for as long as a conformance test runs, and no longer; calibrates tiny models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import tiny
 
 from vtprune import registry
+from vtprune.lens import Calibration
 
 from .helpers import TEST_PRUNERS
 
@@ -19,3 +21,11 @@ def _test_only_pruners() -> Iterator[None]:
     yield
     for name in TEST_PRUNERS:
         registry._METHODS.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models have no calibration for `embedlens`: any words will do."""
+    anchors = {"vit_sink": (7,), "dead": tuple(range(40, 60))}
+    invented = Calibration("tiny", tiny.VOCABULARY, 32, anchors, excluded=(tiny.PAD, tiny.IMAGE, tiny.VIDEO))
+    monkeypatch.setattr(Calibration, "find", lambda checkpoint: invented)

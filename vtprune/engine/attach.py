@@ -31,6 +31,7 @@ from ..tokens import LAYER_PROBES, Probe, Stage
 from . import layer_probes, probes
 from . import positions as pos
 from .call import Call, Encoded, Job
+from .entry import hold_back
 from .layers import enter_layer, prune_cache
 from .prefill import prune_prompt, unpack
 from .report import Report, make_report
@@ -56,6 +57,8 @@ class _Local(threading.local):
     call: Call | None = None
     labels: Tensor | None = None
     encode: frozenset[Probe] | None = None
+    watchers: tuple[Callable[[Call], None], ...] = ()
+    entry: int | None = None  # decoder layer before which visual tokens enter
     report: Callable[[], Report] | None = None
 
 
@@ -242,7 +245,8 @@ class Engine:
                 if ids is None
                 else "no forward had pictures in its inputs"
             )
-        if visual and (call.job is not None or state is not None or self.local.encode is not None):
+        asked = self.local.encode is not None or self.local.watchers or self.local.entry
+        if visual and (call.job is not None or state is not None or asked):
             call.ids = ids
             call.given = {k: kw[k] for k in ("second_per_grid_ts", "mm_token_type_ids") if kw.get(k) is not None}
             call.masks = probes.placeholder_masks(self.family, ids, embeds)
@@ -302,7 +306,19 @@ class Engine:
             call.tokens = probes.with_question(self.family, call.tokens, call, layout, embeds, host_new, host_masks)
         if self.local.encode is not None:
             raise Encoded(call.tokens)
+        call.slots = position
+        for watch in self.local.watchers:
+            watch(call)
         rows = host_new.sum(1)
+        after_last = [int(row[last + 1 :].sum()) for row, last in zip(host_new, layout.last, strict=True) if last >= 0]
+        tail = min(after_last, default=0)
+        if self.local.entry:
+            if job is not None:
+                raise ConfigError("visual tokens cannot be injected while they are pruned; leave one of the two blocks")
+            self._refuse_inside(call)
+            hold_back(self.family, call, kw, state, new, rows, self.local.entry, tail)
+            self._hook_stages(call)
+            return True
         if job is not None:  # the report is made when someone asks, so that a forward never waits for it
             self.local.report = self.last_report = functools.partial(
                 make_report, job.config, layout, rows.tolist(), call.trace, call.counts, self.family.config.text_config
@@ -311,20 +327,24 @@ class Engine:
             if job is not None:
                 self._note_nothing_dropped(job, max(call.tokens.image_lens, default=0))
             return False
-        if job is not None and job.layer_stages and getattr(call.cache, "is_compileable", False):
+        if job is not None and job.layer_stages:
+            self._refuse_inside(call)
+        prune_prompt(self.family, call, kw, state, new, rows, position, tail)
+        self._hook_stages(call)
+        return True
+
+    def _refuse_inside(self, call: Call) -> None:
+        """Rows cannot change between two layers of every model."""
+        if getattr(call.cache, "is_compileable", False):
             raise InputError(
                 f"a {type(call.cache).__name__} has one length for all layers, but pruning inside the language model "
                 "gives each its own; use a dynamic cache, or a method that prunes at the projector"
             )
-        if job is not None and job.layer_stages and module_checkpoints(self.family.lm):
+        if module_checkpoints(self.family.lm):
             raise UnsupportedModelError(
-                "pruning inside the language model does not work with gradient checkpointing, which runs layers "
-                "again; switch it off or use a method that prunes at the projector"
+                "changing the rows inside the language model does not work with gradient checkpointing, which runs "
+                "layers again; switch it off or use a method that prunes at the projector"
             )
-        after_last = [int(row[last + 1 :].sum()) for row, last in zip(host_new, layout.last, strict=True) if last >= 0]
-        prune_prompt(self.family, call, kw, state, new, rows, position, min(after_last, default=0))
-        self._hook_stages(call)
-        return True
 
     def _note_nothing_dropped(self, job: Job, largest: int) -> None:
         self.fired = True  # it did what it was told to
@@ -417,6 +437,34 @@ class Engine:
             return (unpack(out[0], slot_of), *out[1:])
         out.last_hidden_state = unpack(out.last_hidden_state, slot_of)
         return out
+
+
+@contextmanager
+def watching(family: Family, watch: Callable[[Call], None] | None = None, entry: int | None = None) -> Iterator[Engine]:
+    """Within this block and thread, `watch` is told of every prompt with pictures before the language model runs it.
+
+    It finds ``call.tokens`` and ``call.slots``, may note something in ``call.marks``, and its hooks find the call in
+    ``engine.local.call``. With an `entry`, visual tokens enter before that decoder layer instead of with the prompt.
+    """
+    with LOCK:
+        engine = engine_of(family) or Engine(family)
+        if engine_of(family) is None:
+            engine.attach()
+        engine.meet(family)
+        engine.users += 1
+    before = engine.local.watchers, engine.local.entry
+    try:
+        if entry:
+            engine._hook_layers(entry)
+        engine.local.watchers = before[0] if watch is None else (*before[0], watch)
+        engine.local.entry = before[1] if entry is None else entry
+        yield engine
+    finally:
+        engine.local.watchers, engine.local.entry = before
+        with LOCK:
+            engine.users -= 1
+            if not engine.users:
+                engine.detach()
 
 
 def new_rows(mask: Any, state: pos.CacheState | None, past: int, embeds: Tensor) -> Tensor | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from ..tokens import Probe, Selection, Stage, VisualTokens
 from . import positions as pos
 from .prefill import Pack
 from .report import Trace
+
+if TYPE_CHECKING:
+    from .entry import Entry
 
 
 class Encoded(Exception):
@@ -123,6 +126,10 @@ class Call:
         The text model was called by itself.
     layer_inputs, layer_masks
         What layers above a stage get in place of what the text model passes.
+    entry
+        Where visual tokens enter between two layers, what enters and where.
+    marks
+        What watchers (see `attach.watching`) noted about this call, each under its own key.
     """
 
     job: Job | None
@@ -144,6 +151,8 @@ class Call:
     direct: bool = False
     layer_inputs: dict[str, Any] = field(default_factory=dict)
     layer_masks: dict[int, Tensor | None] = field(default_factory=dict)
+    entry: Entry | None = None
+    marks: dict[Any, Any] = field(default_factory=dict)
 
     def set_sequence(self, kw: dict[str, Any], embeds: Tensor, positions: Tensor) -> None:
         """Hand the text model its rows, an explicit mask, contiguous positions, and the true ones to its rotary.

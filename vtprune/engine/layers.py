@@ -23,6 +23,7 @@ from .report import Trace
 
 if TYPE_CHECKING:
     from .call import Call
+    from .entry import Entry
 
 
 def backend(implementation: str) -> str:
@@ -74,6 +75,8 @@ def enter_layer(call: Call, layer: int, hidden: Tensor, kw: dict[str, Any], impl
     assert call.state is not None
     group = call.state.group(layer)
     if layer == group:
+        if call.entry is not None and call.entry.layer == layer:
+            hidden = bring_in(call, call.entry, hidden, kw)
         stage = call.job.layer_stages.get(layer) if call.job is not None and call.packs else None
         if stage is not None:
             hidden = prune_layer(call, stage, layer, hidden, kw)
@@ -162,12 +165,46 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
         full={**state.full, **{first: plan.full and (state.full[first] or not past[first].numel()) for first in above}},
     )
     now = {**kw, **call.layer_inputs}
-    call.layer_inputs = {
-        "position_embeddings": tuple(gather(e, plan.index, e.ndim - 2) for e in now["position_embeddings"])
-    }
+    rotary = tuple(gather(e, plan.index, e.ndim - 2) for e in now["position_embeddings"])
+    set_layer_inputs(call, now, rotary, plan.index.shape, hidden.device)
+    return gather(hidden, plan.index, 1)
+
+
+def set_layer_inputs(
+    call: Call, now: dict[str, Any], rotary: tuple[Tensor, ...], shape: tuple[int, ...], device: torch.device
+) -> None:
+    """What layers from here on get with ``shape = [B, P]`` rows, in place of what they were given up to `now`."""
+    call.layer_inputs = {"position_embeddings": rotary}
     # Attention backends read these two only for their lengths and for borders between packed sequences.
     if now.get("position_ids") is not None:
-        call.layer_inputs["position_ids"] = pos.contiguous(batch, plan.index.shape[1], call.past, hidden.device)
+        call.layer_inputs["position_ids"] = pos.contiguous(shape[0], shape[1], call.past, device)
     if now.get("cache_position") is not None:  # older transformers (5.0, 4.57)
-        call.layer_inputs["cache_position"] = call.past + torch.arange(plan.index.shape[1], device=hidden.device)
-    return gather(hidden, plan.index, 1)
+        call.layer_inputs["cache_position"] = call.past + torch.arange(shape[1], device=device)
+
+
+def bring_in(call: Call, entry: Entry, hidden: Tensor, kw: dict[str, Any]) -> Tensor:
+    """Put visual rows into ``hidden [B, P, D]``, which has text alone so far; returns ``[B, P', D]``.
+
+    Text is where it stood among them in the prompt; the projected rows come as they are.
+    """
+    assert call.state is not None
+    width, dim = hidden.shape[1], hidden.shape[2]
+    plan = entry.plan
+    # Each packed slot of the whole prompt, by the slot that it had in the packed text (at padding and pictures: any).
+    text = entry.text.slot_of.gather(1, plan.index).clamp_min(0).to(hidden.device)
+    rows = gather(hidden, text, 1)
+    slots = entry.slots.to(hidden.device)
+    rows = rows.reshape(-1, dim).index_copy(0, slots, entry.rows.to(hidden)).view_as(rows)
+    call.slots = entry.visual.to(hidden.device)
+    call.packs, call.counts = [plan], [*call.counts, entry.counts]
+    masks, full = dict(call.state.masks), dict(call.state.full)
+    for first in (first for first in masks if first >= entry.layer):
+        past = masks[first][:, : masks[first].shape[1] - width]
+        masks[first] = torch.cat([past, plan.valid], 1)
+        full[first] = plan.full and (full[first] or not past.numel())
+    call.state = replace(call.state, masks=masks, full=full)
+    if entry.positions.ndim == 2:
+        call.rotary = entry.positions  # the rotary embedding is hooked, and takes them from here
+    rotary = entry.rotary(rows, entry.positions)
+    set_layer_inputs(call, {**kw, **call.layer_inputs}, rotary, plan.index.shape, hidden.device)
+    return rows

@@ -199,6 +199,8 @@ def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, p
         image_size=layout.image_size,
         probes=probes,
         projector=family.projector,
+        vocabulary=family.vocabulary,
+        checkpoint=family.checkpoint,
     )
     tokens.ctx["image_lens"] = tokens.image_lens
     return tokens

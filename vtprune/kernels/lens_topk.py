@@ -10,8 +10,9 @@ from ..errors import InputError
 from ._jit import describable, descriptor, device_of, jit, multipliable, processors, stages_for, tl, triton
 from .dispatch import resolve
 
-#: Vocabulary rows that the PyTorch form scores at a time: its extra memory is ``T * BLOCK_ROWS`` fp32.
-BLOCK_ROWS = 4096
+#: Most vocabulary rows, states, and numbers of the table that the PyTorch form has in fp32 at a time: whatever the
+#: sizes, it needs some 20 MiB beyond its inputs and results.
+BLOCK_ROWS, BLOCK_STATES, BLOCK_NUMBERS = 4096, 256, 1 << 20
 #: Rows of the table shorter than this were never trained: padding and reserved ids.
 UNTRAINED = 1e-6
 
@@ -32,7 +33,8 @@ def inverse_norms(table: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if table.ndim != 2:
         raise InputError(f"the embedding table has shape {tuple(table.shape)}; give [vocabulary, width]")
-    norm = torch.cat([torch.linalg.vector_norm(rows.float(), dim=1) for rows in table.detach().split(1 << 14)])
+    blocks = table.detach().split(_block(table))
+    norm = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for rows in blocks])
     sound = norm.isfinite() & (norm > UNTRAINED)
     if mask is not None:
         if mask.shape != norm.shape or mask.dtype != torch.bool:
@@ -127,6 +129,11 @@ def _inverse_lengths(flat: Tensor) -> Tensor:
     return norm.clamp(min=1e-12).reciprocal().masked_fill_(~norm.isfinite(), torch.nan)
 
 
+def _block(table: Tensor) -> int:
+    """How many vocabulary rows are scored at a time."""
+    return max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // max(1, table.shape[1])))
+
+
 def _scores(flat: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
     """``[T, rows]`` fp32 cosines times the length of the state, which does not change their order; -inf where a row
     takes no part."""
@@ -137,11 +144,14 @@ def _scores(flat: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
 
 def reference_topk(flat: Tensor, table: Tensor, k: int, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """`lens_topk` in plain PyTorch, block by block with a running list."""
+    if flat.shape[0] > BLOCK_STATES:
+        parts = [reference_topk(part, table, k, inverse) for part in flat.split(BLOCK_STATES)]
+        return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
     lengths = _inverse_lengths(flat)
     values = lengths.new_full((flat.shape[0], k), -torch.inf)
     ids = torch.full_like(values, -1, dtype=torch.int64)
-    for low in range(0, table.shape[0], BLOCK_ROWS):
-        rows = slice(low, low + BLOCK_ROWS)
+    for low in range(0, table.shape[0], _block(table)):
+        rows = slice(low, low + _block(table))
         block = _scores(flat, table[rows], inverse[rows])
         # What is in the list has lower ids and stands in front: a stable sort keeps equal cosines in order.
         both = torch.cat([values, block], 1)
@@ -154,18 +164,20 @@ def reference_topk(flat: Tensor, table: Tensor, k: int, inverse: Tensor) -> tupl
 
 def reference_rank(flat: Tensor, table: Tensor, ids: Tensor, inverse: Tensor) -> Tensor:
     """`lens_rank` in plain PyTorch."""
+    if flat.shape[0] > BLOCK_STATES:
+        return torch.cat([reference_rank(part, table, ids, inverse) for part in flat.split(BLOCK_STATES)])
     lengths = _inverse_lengths(flat)
     size = table.shape[0]
     # The anchors' cosines are picked from the same products that they are compared with: others might round elsewhere.
     mine = lengths.new_full((flat.shape[0], len(ids)), -torch.inf)
-    for low in range(0, size, BLOCK_ROWS):
-        rows = slice(low, low + BLOCK_ROWS)
+    for low in range(0, size, _block(table)):
+        rows = slice(low, low + _block(table))
         block = _scores(flat, table[rows], inverse[rows])
         inside = (ids >= low) & (ids < low + block.shape[1])
         mine = torch.where(inside, block[:, (ids - low).clamp(0, block.shape[1] - 1)], mine)
     rank = torch.zeros_like(mine, dtype=torch.int32)
-    for low in range(0, size, BLOCK_ROWS):
-        rows = slice(low, low + BLOCK_ROWS)
+    for low in range(0, size, _block(table)):
+        rows = slice(low, low + _block(table))
         block = _scores(flat, table[rows], inverse[rows])
         index = torch.arange(low, low + block.shape[1], device=flat.device)
         for a in range(len(ids)):

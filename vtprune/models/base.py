@@ -119,6 +119,16 @@ class Family(ABC):
         self.lm = self.inner.language_model
         self.config = model.config
 
+    @property
+    def checkpoint(self) -> str:
+        """Where the model was loaded from: a folder, a hub name, or empty."""
+        return str(getattr(self.config, "_name_or_path", "") or "")
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """Input embeddings of the language model, ``[V, D]``; not a copy."""
+        return self.lm.get_input_embeddings().weight.detach()
+
     # -- the prompt ---------------------------------------------------------------------------------------------------
 
     @property

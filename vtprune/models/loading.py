@@ -6,12 +6,15 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..registry import nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 EMBEDDED = Path(__file__).parent / "pocket"
 
@@ -111,3 +114,23 @@ def load(
             "was saved by another transformers version or is incomplete"
         )
     return model.to(device).eval(), processor
+
+
+def build_inputs(model: Any, processor: Any, picture: Image.Image, question: str) -> Any:
+    """What the model is given for one picture and one question, on its device and in its dtype.
+
+    The processor's chat template words the prompt; a processor without one gets the format of LLaVA-1.5.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    else:
+        token = getattr(processor, "image_token", "<image>")
+        inputs = processor(images=picture, text=f"USER: {token}\n{question} ASSISTANT:", return_tensors="pt")
+    return inputs.to(model.device, dtype=model.dtype)

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..budget import Budget, FixedBudget, Pools
 from ..errors import ConfigError
@@ -72,6 +73,9 @@ class WorstPruner(Pruner):
 
     def check_model(self, width: int, projector: Any) -> None:
         self.other.check_model(width, projector)
+
+    def check_checkpoint(self, checkpoint: str, vocabulary: Tensor) -> None:
+        self.other.check_checkpoint(checkpoint, vocabulary)
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
