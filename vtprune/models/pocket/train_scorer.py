@@ -102,7 +102,7 @@ class Schedule:
     """
 
     steps: int
-    taught: int = 200
+    taught: int = 300
     widest: float = 1 / 2
     low: float = 1 / 18
     high: float = 1 / 6
