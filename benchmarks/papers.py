@@ -91,8 +91,8 @@ def plan(given: argparse.Namespace) -> list[Job]:
             for seed, first in enumerate(range(0, given.questions, size)):
                 job = {"what": "answers", "model": model, "world": world, "seed": seed, "batch": size, "part": name}
                 found.append({**job, "count": min(size, given.questions - first), **settings, **common})
-    ranks = {"what": "ranks", "pictures": given.pictures, **common}
-    found += [{**ranks, "model": model, "world": world} for model, world in RANKED]
+    rank = {"what": "ranks", "pictures": given.pictures, "many": given.directions, **common}
+    found += [{**rank, "model": model, "world": world} for model, world in RANKED]
     balance = {"what": "balance", "model": LAMBDA_MODEL, "pictures": given.pictures, **common}
     found += [{**balance, "world": world} for world in LAMBDA_WORLDS]
     return sorted(found, key=lambda job: {"answers": 1, "ranks": 0, "balance": 2}[job["what"]])
@@ -115,7 +115,7 @@ def work(**job: Any) -> float:
         out = Path(job["folder"]) / f"{job['what']}-{job['model']}-{job['world']}-{job['pictures']}.csv"
         if not out.exists():
             tokens = list(encoded(model, processor, name, job["pictures"], batch_of(job["model"], job["world"])))
-            made = ranks(tokens) if job["what"] == "ranks" else balance(tokens)
+            made = ranks(tokens, job["many"]) if job["what"] == "ranks" else balance(tokens)
             header = runner.provenance(model, job["model"], job["commit"])
             write(out, [{"model": job["model"], "world": job["world"], **row, **about(header)} for row in made])
     if model.device.type == "cuda":
@@ -134,10 +134,10 @@ def encoded(model: Any, processor: Any, task: str, pictures: int, batch: int) ->
 # -- ZOO-Prune --------------------------------------------------------------------------------------------------------
 
 
-def ranks(batches: Sequence[VisualTokens]) -> list[dict[str, Any]]:
+def ranks(batches: Sequence[VisualTokens], most: int = MANY) -> list[dict[str, Any]]:
     """Rank agreement of sensitivities, mean over pictures with its interval.
 
-    With ``m`` the number of directions: against 1,024 others, and between its two halves. With ``h`` the step: against
+    With ``m`` the number of directions: against `most` others, and between its two halves. With ``h`` the step: against
     the limit of small steps along the same directions. Estimators against ``fd`` (m = 64, h = 0.01), as published.
     """
 
@@ -154,9 +154,9 @@ def ranks(batches: Sequence[VisualTokens]) -> list[dict[str, Any]]:
         return {"quantity": quantity, "value": value, "against": against, **shown, "pictures": len(found)}
 
     table = []
-    many = scores(estimator="jvp", m=MANY, seed=1)
-    for m in DIRECTIONS:
-        table.append(row("m", m, f"{MANY} others", scores(m=m), many))
+    many = scores(estimator="jvp", m=most, seed=1)
+    for m in (m for m in DIRECTIONS if m < most):
+        table.append(row("m", m, f"{most} others", scores(m=m), many))
         if m > 1:
             halves = [
                 [part for t in batches for part in ZooPruner(m=m)._estimate(t, cut)[0].split(list(t.image_lens))]
@@ -170,7 +170,7 @@ def ranks(batches: Sequence[VisualTokens]) -> list[dict[str, Any]]:
     published = scores(estimator="fd")
     for estimator in ("fd_fused", "jvp", "frobenius"):
         table.append(row("estimator", estimator, "fd", scores(estimator=estimator), published))
-    table.append(row("estimator", "frobenius", f"{MANY} directions", scores(estimator="frobenius"), many))
+    table.append(row("estimator", "frobenius", f"{most} directions", scores(estimator="frobenius"), many))
     norms = [part for t in batches for part in sources.norm(t)[0].double().split(list(t.image_lens))]
     table.append(row("estimator", "norm of the token", "fd", norms, published))
     return table
@@ -430,8 +430,8 @@ def plots(sweep: list[dict[str, str]], zoo: list[dict[str, str]], folder: Path) 
     for number, (model, world) in enumerate(dict.fromkeys((row["model"], row["world"]) for row in zoo)):
         mine = [row for row in zoo if (row["model"], row["world"]) == (model, world)]
         name = f"{model.removeprefix('pocket-')}, {world}"
-        for against, style in ((f"{MANY} others", "-"), ("split half", ":")):
-            found = [row for row in mine if row["quantity"] == "m" and row["against"] == against]
+        for against, style in (("others", "-"), ("half", ":")):
+            found = [row for row in mine if row["quantity"] == "m" and row["against"].endswith(against)]
             left.plot([int(row["value"]) for row in found], [float(row["spearman"]) for row in found], style,
                       color=f"C{number}", label=name if style == "-" else None)  # fmt: skip
         found = [row for row in mine if row["quantity"] == "h, fd"]
@@ -442,7 +442,7 @@ def plots(sweep: list[dict[str, str]], zoo: list[dict[str, str]], folder: Path) 
         right.plot([float(row["value"]) for row in found], [float(row["spearman"]) for row in found], "--",
                    color=f"C{number}")  # fmt: skip
     left.set(xscale="log", xlabel="directions m", ylabel="rank correlation",
-             title=f"against {MANY} others; dotted: between halves")  # fmt: skip
+             title="against many others; dotted: between halves")  # fmt: skip
     right.set(xscale="log", xlabel="step h (m = 64)", title="against h -> 0; dashed: fd_fused")
     left.legend(fontsize=7)
     figure.savefig(folder / "zoo-ranks.png", dpi=110, metadata={"Software": None})
@@ -474,6 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=300, help="of each world")
     parser.add_argument("--pictures", type=int, default=PICTURES, help="for rank agreement and the balance of lambda")
+    parser.add_argument("--directions", type=int, default=MANY, help="what rank agreement is measured against")
     parser.add_argument("--workers", type=int, default=None, help="processes; default 14 on a GPU, 1 on a CPU")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no more jobs after this time")
     parser.add_argument("--rows", type=Path, default=ROWS, help="folder of all answers; what it holds is not run again")
@@ -485,7 +486,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     given.commit = given.commit or commit()
     if given.smoke:
-        given.questions, given.pictures = 6, 2
+        given.questions, given.pictures, given.directions = 6, 2, 16
         given.rows = given.out = given.docs = ROWS.parent / "smoke-papers"
     if given.report:
         return report(given.out, given.docs)
