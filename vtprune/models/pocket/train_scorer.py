@@ -300,7 +300,8 @@ class ScorerTrainer(Trainer):
             group["lr"] = self.stage.peak
         found = self.scores(self.seen(plan, self.move(arrays), (self.recipe.seed << 32) + self.step))
         assert self.cls is not None
-        loss = 1 - F.cosine_similarity(*(x - x.mean(1, keepdim=True) for x in (found, self.cls.float())), dim=1).mean()
+        one, two = (x - x.mean(1, keepdim=True) for x in (found, self.cls.float()))
+        loss = 1 - F.cosine_similarity(one, two, dim=1).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip)
