@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,14 +14,16 @@ from torch import nn
 
 import vtprune
 from vtprune.engine import force_pack
+from vtprune.models import find_family
 from vtprune.models.pocket import data
+from vtprune.tokens import PROJECTOR
 
 from . import flash_contract
 from .helpers import same
 from .test_pocket_main_job import answers, inputs_for
 
 pytestmark = pytest.mark.gpu
-METHODS = ("random", "grid", "norm", "divprune", "idpruner")
+METHODS = [name for name, method in vtprune.methods().items() if method().stages() == (PROJECTOR,)]
 #: The stand-in runs on PyTorch's own flash kernel; the real package is tested too where it is installed.
 FLASH = [flash_contract.NAME] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None)
 
@@ -106,15 +109,16 @@ def test_the_gpu_answers_as_the_cpu_does() -> None:
 
 @torch.no_grad()
 def test_the_gpu_chooses_as_the_cpu_does_from_the_same_features() -> None:
-    from dataclasses import replace
-
     model, _, inputs = load("sdpa", torch.float32)
+    on_cpu, _ = vtprune.load("pocket-llava", device="cpu")
     encoded = vtprune.encode(model, inputs)
     at_home = replace(
         encoded,
         features=encoded.features.cpu(),
         source=encoded.source.cpu(),
         coords=encoded.coords.cpu(),
+        text=encoded.text.cpu(),
+        projector=find_family(on_cpu).projector,
         probes={k: v.cpu() for k, v in encoded.probes.items()},
     )
     for method in METHODS:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import vtprune
-from vtprune.errors import ConfigError, InputError
+from vtprune.errors import ConfigError, InputError, UnsupportedModelError
 from vtprune.eval import controls
 from vtprune.eval.runner import generate
 from vtprune.eval.tasks import Example, assistant, user
@@ -156,3 +156,37 @@ def test_clips(setup: tuple[Any, Any]) -> None:
         assert small["video_grid_thw"].tolist() == [[2, 4, 4]]
         assert tokens == [2 * 2 * 2, 2 * 2]
         generate(family.model, processor, small, 2)
+
+
+def test_a_thumbnail_alone_is_the_picture_in_one_view() -> None:
+    """LLaVA-NeXT on a thumbnail alone is LLaVA on the picture that fills its tower."""
+    family, processor = find_family(tiny.build("llava_next")), make_processor("llava_next")
+    examples = [TWO, ONE, NONE]
+    inputs = controls.prepare(family, processor, examples)
+    plain = vtprune.encode(family.model, inputs)
+    lens = [n for n, kind in zip(plain.seqlens, plain.seg_kind, strict=True) if kind == "thumbnail"]
+    wide = family.model(**inputs).logits
+    with controls.thumbnails(family, processor, examples, inputs) as (small, tokens):
+        assert counts(family, small) == tokens == [2 * lens[0], lens[0], 0]
+        words = [[i for i in row.tolist() if 5 <= i < 100] for row in small["input_ids"]]
+        assert words == [[5, 6, 5, 9, 10, 11], [7, 8, 9], [30, 31]]
+        logits = family.model(**small).logits[:, -1]
+        assert len(generate(family.model, processor, small, 2)) == 3
+    at = torch.tensor([i for i, kind in enumerate(plain.seg_kind) if kind == "thumbnail"])
+    rows = plain.features.split(list(plain.seqlens))
+    ids = small["input_ids"]
+    embeds = family.inner.get_input_embeddings()(ids).detach()
+    embeds[ids == tiny.IMAGE] = torch.cat([rows[i] for i in at])
+    mask = small["attention_mask"]
+    expected = family.model(inputs_embeds=embeds, attention_mask=mask).logits[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    assert "get_image_features" not in family.inner.__dict__
+    assert torch.equal(family.model(**inputs).logits, wide)
+
+
+def test_only_anyres_has_thumbnails(setup: tuple[Any, Any]) -> None:
+    family, processor = setup
+    if family.config.model_type != "llava_next":
+        with pytest.raises(UnsupportedModelError, match="no thumbnails"), \
+                controls.thumbnails(family, processor, [ONE], controls.prepare(family, processor, [ONE])):  # fmt: skip
+            pass

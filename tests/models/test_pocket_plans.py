@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vtprune.models.pocket import batch, data, plans, qwen, vocab, worlds
+from vtprune.models.pocket import batch, data, plans, qwen, recall, vocab, worlds
 from vtprune.models.pocket.data import Question
 from vtprune.models.pocket.families import FAMILIES, Family, Geometry, Span
 from vtprune.models.pocket.plans import Plan, Stage
@@ -51,11 +51,11 @@ def built(family: Family, plan: Plan, number: int = 0) -> dict[str, torch.Tensor
 def test_every_plan_has_the_shape_that_it_claims(families, name, plan):
     family, plan = families[name], replace(plan, prompts=10 if plan.world == "mixed" else 2)
     arrays, span, geometry = built(family, plan), family.span(plan.geometry), plan.geometry
-    if plan.world == "told":
+    if plan.wordy:
         span = Span((), span.token, 0, ())
     frames = max(1, geometry.frames)
     pictures = plan.prompts * plan.pictures
-    if plan.world == "told":
+    if plan.wordy:
         assert "what" not in arrays
     else:
         assert arrays["what"].shape == (pictures * frames, geometry.rows * geometry.columns)
@@ -178,6 +178,40 @@ def test_labels_count_once_their_class_was_shown(families, name):
     assert (positions[0].diff() >= (-12 if family.mrope else 1)).all()
 
 
+def test_what_counts_can_be_looked_up_further_left(families):
+    family, plan = families["pocket-qwen2.5-vl"], Plan("recall", 64, Geometry(), 10, 0)
+    arrays = plans.batch(family, plan, 5, 0)
+    ids, counted = arrays["ids"], arrays["labels"] != batch.IGNORE
+    for b in range(64):
+        kind, row, marks = b % 4, ids[b].tolist(), counted[b].tolist()
+        assert any(marks)
+        if kind == 0:  # the copy begins where the first word that counts stands
+            period = marks.index(True)
+            assert recall.PERIODS[0] <= period <= recall.PERIODS[1] and all(marks[period:])
+            assert row[period:] == row[:-period]
+            continue
+        step = 3 if kind == 1 else plans.LABEL_TURN
+        assert row[0] == vocab.BOS and not marks[0]
+        meaning = {}
+        for start in range(1, len(row), step):
+            turn = row[start : start + step]
+            word, label = (turn[0], turn[1]) if kind == 1 else (turn[1], turn[4])
+            if kind != 1:
+                assert read(torch.tensor(turn)).split() == ["which", vocab.TOKENS[word], "label", "?",
+                                                            vocab.TOKENS[label], "</s>"]  # fmt: skip
+            assert marks[start : start + step] == [False] * (step - 2) + [word in meaning] * 2
+            assert meaning.setdefault(word, label) == label
+        assert len(set(meaning.values())) == len(meaning) and 1 < len(meaning) <= recall.CLASSES
+        if kind == 3:
+            assert {vocab.TOKENS[label] for label in meaning.values()} <= set(worlds.LABELS)
+    positions = arrays["positions"]
+    assert (positions == positions[:1]).all()
+    assert {tuple(p.diff().unique().tolist()) for p in positions[0]} == {(1,), (1, 1 + recall.GAP)}
+    again = plans.batch(family, plan, 5, 0)
+    assert all(torch.equal(again[name], arrays[name]) for name in arrays)
+    assert not torch.equal(plans.batch(family, plan, 6, 0)["ids"], ids)
+
+
 def test_a_mixture_has_every_kind_of_picture(families):
     easy = pytest.importorskip("easy_vqa")
     arrays = plans.batch(families["pocket-llava"], Plan("mixed", 20), 0, 0)
@@ -206,4 +240,4 @@ def test_stages():
             weights = [weight for _, weight in stage.plans]
             assert sum(weights) == pytest.approx(1, abs=0.05) and min(weights) > 0
             assert all(0 <= keep <= 1 for keep in stage.keeps)
-            assert all(plan.text or plan.world in ("icl", "told") for plan, _ in stage.plans)
+            assert all(plan.text or plan.world == "icl" or plan.wordy for plan, _ in stage.plans)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from vtprune.models.pocket import export, layout, qwen, vocab
+from vtprune.models.pocket.families import FAMILIES, folder_weights
 from vtprune.models.pocket.model import PIXEL_MEAN, PIXEL_STD, llava_config
 
 TYPE = {vocab.IMAGE: 1, vocab.VIDEO: 2}
@@ -260,3 +261,18 @@ def test_conversations(processor):
         *(*vocab.encode("is there a circle ? yes"), vocab.EOS),
         *vocab.encode("what color is the circle ?"),
     ]
+
+
+def test_training_can_go_on_from_the_weights_that_ship():
+    qwen_name = "pocket-qwen2.5-vl"
+    family = FAMILIES[qwen_name]()
+    weights = family.start(folder_weights(export.HERE / qwen_name))
+    assert weights.keys() == {name for name, _ in family.model.named_parameters()} - {"lm_head.weight"}
+    family.model.load_state_dict({n: w.float() for n, w in weights.items()}, strict=False)
+    expected = dict(
+        AutoModelForImageTextToText.from_pretrained(export.HERE / qwen_name, dtype=torch.float32).named_parameters()
+    )
+    assert all(torch.equal(p, expected[name]) for name, p in family.model.named_parameters())
+    some = {name: w for name, w in folder_weights(export.HERE / qwen_name).items() if "blocks.0" not in name}
+    with pytest.raises(ValueError, match=r"not those of such a pocket-qwen2.5-vl: visual.blocks.0"):
+        family.start(some)

@@ -187,10 +187,11 @@ def test_dropping_keeps_the_text_and_a_fixed_number_of_each_picture(name, plan, 
     assert not torch.equal(index, trainer.kept(plan, arrays, coverage, keep, 1))
 
 
+@pytest.mark.parametrize("world", ["told", "recall"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_demonstrations_in_words_need_no_picture(name):
+def test_demonstrations_in_words_need_no_picture(name, world):
     trainer = made(name, FULL)
-    plan = Plan("told", 3, Geometry(), 4, 0)
+    plan = Plan(world, 3, Geometry(), 4, 0)
     arrays = plans.batch(trainer.family, plan, 0, 0)
     with torch.no_grad():
         logits, labels, losses = trainer.forward(plan, arrays, 0)

@@ -17,10 +17,13 @@
       not trained on.
     - LLaVA-NeXT keeps its thumbnail and its crops, and the tower sees each of them smaller, as for LLaVA. Fewer crops
       would be another way, but there are not enough counts of crops to meet a budget.
+``thumbnail``
+    Of an AnyRes picture the first view alone, the whole picture in the tower's own size; no crops and no newlines.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +40,7 @@ from ..models.llava_next import LlavaNext
 from ..models.qwen_vl import QwenVL
 from .tasks import Example
 
-CONTROLS = ("dense", "blank", "question-only", "downsample")
+CONTROLS = ("dense", "blank", "question-only", "downsample", "thumbnail")
 GREY = (128, 128, 128)
 
 Inputs = dict[str, Any]
@@ -130,6 +133,57 @@ def downsampled(
             yield {**small, **_fewer_placeholders(family, inputs, lens, pad)}, _per_example(examples, lens.tokens)
     else:
         raise UnsupportedModelError(f"there is no rule for down-sampling the pictures of {family.label}")
+
+
+@contextmanager
+def thumbnails(
+    family: Family, processor: Any, examples: Sequence[Example], inputs: Inputs
+) -> Iterator[tuple[Inputs, list[int]]]:
+    """Within this block, the language model is given the first view of each picture alone.
+
+    Parameters
+    ----------
+    family, processor, examples
+        As in `prepare`.
+    inputs
+        What `prepare` made of them.
+
+    Yields
+    ------
+    inputs, tokens
+        What to generate from, and visual tokens per example.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The family has no thumbnails.
+    """
+    if not isinstance(family, LlavaNext):
+        raise UnsupportedModelError(f"{family.label} has no thumbnails; the control 'thumbnail' is for LLaVA-NeXT")
+    layouts = family.layouts("image", inputs) if "pixel_values" in inputs else []
+    first = [layout.seg_lens[0] for layout in layouts]  # the features of a picture begin with it
+    lens = _Lens([layout.length for layout in layouts], first, first)
+    inner = family.inner
+    original, before = inner.get_image_features, inner.__dict__.get("get_image_features")
+
+    @functools.wraps(original)  # generate() reads its signature
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        found = getattr(out, "pooler_output", out)
+        rows = [picture[:n] for picture, n in zip(found, first, strict=True)]
+        if found is out:  # transformers before 5
+            return rows
+        out.pooler_output = rows
+        return out
+
+    inner.get_image_features = cut
+    try:
+        pad = processor.tokenizer.pad_token_id
+        few = _fewer_placeholders(family, inputs, lens, pad) if layouts else {}
+        yield {**inputs, **few}, _per_example(examples, first)
+    finally:
+        del inner.get_image_features
+        inner.__dict__.update({} if before is None else {"get_image_features": before})
 
 
 def _per_example(examples: Sequence[Example], tokens: Sequence[int]) -> list[int]:

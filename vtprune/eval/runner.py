@@ -26,16 +26,16 @@ from ..engine.attach import engine_of
 from ..errors import ConfigError
 from ..models import find_family
 from ..models.base import PIXEL_KEYS, Family
-from .controls import CONTROLS, Inputs, blank, downsampled, prepare
+from .controls import CONTROLS, Inputs, blank, downsampled, prepare, thumbnails
 from .table import Row, read, summarise
 from .tasks import Example, Task, get
 
 #: What must not change while a file is being written: numbers from both sides would stand in one table.
 FIXED = ("model", "weights_sha256", "dtype", "device", "torch", "transformers", "batch", "split", "seed")
 #: Budget on the rows of controls that have none.
-UNPRUNED = {"dense": "1", "blank": "1", "question-only": "0"}
+UNPRUNED = {"dense": "1", "blank": "1", "question-only": "0", "thumbnail": "1"}
 #: Controls that have no use for the encoding of the pictures as they are.
-OWN_PIXELS = ("blank", "question-only", "downsample")
+OWN_PIXELS = ("blank", "question-only", "downsample", "thumbnail")
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,9 @@ def presented(
     elif method.name == "downsample":
         with downsampled(family, processor, examples, inputs, parse_keep(keep)) as small:
             yield small
+    elif method.name == "thumbnail":
+        with thumbnails(family, processor, examples, inputs) as small:
+            yield small
     else:
         with using(family.model, method.config(keep)):
             yield inputs, None
@@ -219,7 +222,8 @@ def run(
     tasks
         Names of tasks (see `tasks.names`), or tasks.
     methods
-        Controls (``dense``, ``blank``, ``question-only``, ``downsample``) and methods with their options, such as
+        Controls (``dense``, ``blank``, ``question-only``, ``downsample``, ``thumbnail``) and methods
+        with their options, such as
         ``"idpruner importance=norm"``.
     keeps
         Budgets as on the command line: ``"1/4"``, ``"0.25"``, ``"128t"``; ``"1/2+64t"`` for two methods in a row.

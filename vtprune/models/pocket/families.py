@@ -76,7 +76,10 @@ class Family:
         raise NotImplementedError
 
     def start(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of ``pocket-llava``'s weights, on their disk names, this network begins with, by its own names."""
+        """What of a folder's weights, on their disk names, this network begins with, by its own names.
+
+        The folder is that of ``pocket-llava``, or of this model itself.
+        """
         raise NotImplementedError
 
 
@@ -160,6 +163,8 @@ class Qwen(Family):
         return Seen(visual.flatten(0, 1).unflatten(0, (-1, geometry.frames // 2)).flatten(1, 2))
 
     def start(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if any(name.startswith("visual.") for name in weights):
+            return qwen.from_own(weights, self.model)
         # The vision tower starts at random.
         return qwen.from_llava(weights, self.model.config.text_config.vocab_size)
 
@@ -168,6 +173,6 @@ FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Llava, L
 
 
 @lru_cache(maxsize=1)
-def llava_weights(folder: Path) -> dict[str, Tensor]:
-    """Weights of a ``pocket-llava`` folder, under their names on disk."""
+def folder_weights(folder: Path) -> dict[str, Tensor]:
+    """Weights of a folder, under their names on disk."""
     return load_file(folder / "model.safetensors")

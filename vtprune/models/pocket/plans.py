@@ -20,6 +20,7 @@ from . import data, easyvqa, qwen, vocab
 from .batch import IGNORE, PICTURE_TURN, picture_arrays, text_arrays
 from .data import Question, Scene, questions, scene
 from .families import Family, Geometry, Span
+from .recall import recall
 from .worlds import (
     HIRES_SIZES,
     Dialogue,
@@ -46,15 +47,18 @@ class Plan:
     ----------
     world
         ``mixed`` (see :func:`mixed`), ``basic``, ``pair``, ``icl``, ``told`` (as ``icl``, but each class is named and
-        no picture is shown), ``hires`` or ``clip``.
+        no picture is shown), ``recall`` (words alone, see :mod:`.recall`), ``hires`` or ``clip``.
     prompts
         Prompts in a batch.
     geometry
         Of each picture.
     pictures
-        In each prompt; of ``told``, turns.
+        In each prompt; of ``told`` and ``recall``, turns.
     text
         Tokens of packed questions; 0 where the prompt is one conversation.
+    named
+        Of ``icl``: shares of turns whose question names the class, the prompts taking turns. The way to the label can
+        be learnt in steps.
     """
 
     world: str
@@ -62,6 +66,12 @@ class Plan:
     geometry: Geometry = field(default_factory=Geometry)
     pictures: int = 1
     text: int = 95
+    named: tuple[float, ...] = (0, 0.5, 0, 1)
+
+    @property
+    def wordy(self) -> bool:
+        """Whether its prompts have no pictures."""
+        return self.world in ("told", "recall")
 
 
 @dataclass(frozen=True)
@@ -94,10 +104,13 @@ class Stage:
     first: int = 0
 
 
-def _labelling(total: int, told: float = 0.2) -> tuple[tuple[Plan, float], ...]:
+def _shown(total: int, named: tuple[float, ...] = Plan.named) -> tuple[tuple[Plan, float], ...]:
     shots = (2, 3, 4, 5, 7)
-    shown = tuple((Plan("icl", total // (n + 1), Geometry(), n + 1, 0), (1 - told) / len(shots)) for n in shots)
-    return (*shown, (Plan("told", total, Geometry(), 8, 0), told))
+    return tuple((Plan("icl", total // (n + 1), Geometry(), n + 1, 0, named), 1 / len(shots)) for n in shots)
+
+
+def _labelling(total: int, told: float = 0.2) -> tuple[tuple[Plan, float], ...]:
+    return (*_weighted(_shown(total), 1 - told), (Plan("told", total, Geometry(), 8, 0), told))
 
 
 def _weighted(plans: tuple[tuple[Plan, float], ...], share: float) -> tuple[tuple[Plan, float], ...]:
@@ -110,6 +123,14 @@ _HIRES = tuple(
 )
 _LLAVA = ((Plan("mixed", 256), 0.78), (Plan("pair", 128, pictures=2), 0.06), *_weighted(_labelling(256), 0.16))
 _KEEPS = (1.0, 1.0, 1 / 2, 1 / 4, 1 / 9, 1 / 9, 1 / 18, 0.0)
+_RECALL = Plan("recall", 512, Geometry(), 10, 0)
+_CLIPS = tuple((Plan("clip", 1024 // frames, Geometry(4, 4, frames), text=45), 1 / 3) for frames in (8, 16, 32))
+_QWEN = (
+    (Plan("mixed", 256, text=93), 0.6),
+    (Plan("hires", 64, Geometry(12, 12), text=93), 0.16),
+    (Plan("pair", 128, pictures=2, text=91), 0.04),
+    *_weighted(_CLIPS, 0.2),
+)
 STAGES: dict[str, tuple[Stage, ...]] = {
     "pocket-llava": (
         Stage("basic", 8500, 1.2e-3, ((Plan("basic", 256, text=79), 1.0),)),
@@ -130,7 +151,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
                 (Plan("hires", 64, Geometry(12, 12), text=93), 0.05),
                 (Plan("pair", 128, pictures=2, text=91), 0.02),
                 *_weighted(_labelling(256, 0.7), 0.4),
-                *((Plan("clip", 1024 // frames, Geometry(4, 4, frames), text=45), 0.12 / 3) for frames in (8, 16, 32)),
+                *_weighted(_CLIPS, 0.12),
             ),
         ),
         Stage(
@@ -139,9 +160,27 @@ STAGES: dict[str, tuple[Stage, ...]] = {
                 (Plan("mixed", 256, text=93), 0.56),
                 (Plan("hires", 64, Geometry(12, 12), text=93), 0.14),
                 *_weighted(_labelling(256), 0.16),
-                *((Plan("clip", 1024 // frames, Geometry(4, 4, frames), text=45), 0.14 / 3) for frames in (8, 16, 32)),
+                *_weighted(_CLIPS, 0.14),
             ),
             _KEEPS, True,
+        ),
+        Stage(
+            "recall", 2000, 1.4e-3,
+            (
+                (Plan("mixed", 256, text=93), 0.26),
+                (_RECALL, 0.58),
+                *_weighted(_shown(256, (1,)), 0.12),
+                *_weighted(_CLIPS, 0.04),
+            ),
+            frozen=True, first=20_000,
+        ),
+        Stage(
+            "label", 4000, 1.1e-3,
+            (*_weighted(_QWEN, 0.56), (_RECALL, 0.08), *_weighted(_shown(256), 0.36)), frozen=True, first=23_000,
+        ),
+        Stage(
+            "settle", 900, 5e-4,
+            (*_weighted(_QWEN, 0.82), (_RECALL, 0.02), *_weighted(_shown(256, (0,)), 0.16)), _KEEPS, True, 28_000,
         ),
     ),
 }  # fmt: skip
@@ -309,8 +348,13 @@ def batch(family: Family, plan: Plan, number: int, seed: int) -> dict[str, Tenso
         clips = [clip("train", i, seed, plan.geometry.frames) for i in indices]
         asked = [questions for _, questions in clips]
         return packed(family, [c for c, _ in clips], asked, plan, time_counts=number % 2 == 1)
-    # Of four prompts two name no class, one half of them, one all: the way to the label can be learnt in steps.
-    named = [1.0 if plan.world == "told" else (0, 0.5, 0, 1)[i % 4] for i in indices]
+    if plan.world == "recall":
+        arrays = recall(plan.prompts, plan.pictures, LABEL_TURN, f"recall/{seed}/{number}")
+        none = torch.zeros(arrays["ids"].shape[1], dtype=torch.bool)
+        if family.mrope:
+            arrays["positions"] = arrays["positions"].expand(3, -1, -1).contiguous()
+        return arrays | {"turn": torch.zeros_like(arrays["ids"]), "visual": none, "separator": none}
+    named = [1.0 if plan.world == "told" else plan.named[i % len(plan.named)] for i in indices]
     dialogues = [icl("train", i, seed, plan.pictures - 1, share) for i, share in zip(indices, named, strict=True)]
     return demonstrated(family, dialogues, plan)
 
@@ -327,7 +371,7 @@ class Batches(torch.utils.data.Dataset):
         plans, weights = zip(*self.stage.plans, strict=True)
         plan = plans[0] if step == 0 else rng.choices(plans, weights)[0]
         keep = rng.choice(self.stage.keeps)
-        if plan.world == "told":
+        if plan.wordy:
             return plan, 1.0
         return plan, keep if plan.text else max(keep, 1 / 18)  # a label cannot be told without pictures
 

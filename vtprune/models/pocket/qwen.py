@@ -314,6 +314,15 @@ def disk_name(name: str) -> str:
     raise ValueError(f"no place on disk for the parameter {name!r}")
 
 
+def from_own(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights of a ``pocket-qwen2.5-vl`` folder, under the names of the loaded model; the output layer is tied."""
+    names = {disk_name(name): name for name, _ in model.named_parameters() if name != OUTPUT}
+    odd = sorted(names.keys() ^ weights.keys())
+    if odd:
+        raise ValueError(f"the weights are not those of such a pocket-qwen2.5-vl: {', '.join(odd[:3])}")
+    return {names[disk]: weight for disk, weight in weights.items()}
+
+
 def config_dict(config: Qwen2_5_VLConfig) -> dict[str, Any]:
     """``config.json``, with the keys that transformers 4.57 to 5 agree on."""
     text, vision = config.text_config, config.vision_config

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from . import easyvqa, plans
 from .batch import IGNORE, Renderer, patch_targets, scene_targets, text_mask
 from .data import SIDE, Question
-from .families import FAMILIES, Family, Geometry, Seen, llava_weights
+from .families import FAMILIES, Family, Geometry, Seen, folder_weights
 from .model import ATTENTION, LOG_FILE, STATE_FILE, Heads, packed_attention, read_state
 from .plans import STAGES, Batches, Plan, Stage
 from .worlds import exam
@@ -81,6 +82,11 @@ class Check:
     batches: tuple[tuple[Plan, dict[str, Tensor], tuple[str, ...]], ...]
 
 
+def _sees(name: str) -> bool:
+    """Whether a parameter, or an auxiliary head's, belongs to the part that sees."""
+    return "language_model" not in name and "lm_head" not in name
+
+
 class Trainer:
     """A network in training.
 
@@ -117,8 +123,7 @@ class Trainer:
         self.stage, self.step, self.fresh = stage, 0, 0
         self.untaught = -math.inf  # step at which the heads were new but the encoder was not
         for name, p in self.named.items():
-            sees = "language_model" not in name and "lm_head" not in name
-            p.requires_grad_(not (stage.frozen and sees))
+            p.requires_grad_(not (stage.frozen and _sees(name)))
         self.trained = {name: p for name, p in self.named.items() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),
@@ -130,7 +135,7 @@ class Trainer:
 
     def start(self, weights: dict[str, Tensor]) -> None:
         """Take over weights, by their names in the model; what is not among them starts as it is."""
-        if any(name in weights for name in self.named if "vision_tower" in name):
+        if any(_sees(name) for name in weights):
             self.untaught = 0
         for name, tensor in weights.items():
             self.named[name].data.copy_(tensor)
@@ -210,7 +215,7 @@ class Trainer:
         speak = self.fast_speak if fast and keep == 1 else self.speak
         losses: list[Tensor] = []
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-        if plan.world == "told":
+        if plan.wordy:
             with half:
                 return *self.answers(self.model.get_input_embeddings()(arrays["ids"]), arrays, plan, speak), losses
         pixels, coverage = self.draw(plan, arrays, seed)
@@ -520,7 +525,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the state and the log; resumed if it is one"
     )
-    parser.add_argument("--start", type=Path, help="folder with pocket-llava's weights to start from")
+    parser.add_argument(
+        "--start", type=Path, help="folder with weights to start from: pocket-llava's or the model's own"
+    )
     parser.add_argument("--stage", help="stage to start with, when --start holds what the stages before it made")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this wall time")
     parser.add_argument("--stop", type=int, help="save and stop at this step of the stage")
@@ -530,6 +537,11 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.monotonic()
     torch.set_float32_matmul_precision("high")
+    # The same seed is to give the same run. A rounding error that differs once is a run that differs, a thousand steps
+    # later, by more than what a change of the recipe is worth.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     stages = STAGES[args.model]
@@ -539,7 +551,7 @@ def main() -> None:
     if (args.out / STATE_FILE).exists():
         trainer.load(args.out)
     elif args.start:
-        trainer.start(trainer.family.start(llava_weights(args.start)))
+        trainer.start(trainer.family.start(folder_weights(args.start)))
     left = args.minutes * 60 - (time.monotonic() - begun)
     train(trainer, args.out, left, args.workers, args.stop, say=lambda line: print(line, flush=True))
 

@@ -54,7 +54,7 @@ from ...pruners.idpruner import IDPruner
 from ...pruners.scorer import Scorer, soft_topk
 from ..base import cls_row
 from . import data, plans
-from .families import Family, Llava, llava_weights
+from .families import Family, Llava, folder_weights
 from .model import packed_attention
 from .plans import Plan, Stage
 from .train import Check, Recipe, Trainer, exam_check
@@ -449,7 +449,7 @@ def main() -> None:
     recipe = Recipe(args.seed, warmup=20, decay=0.0, log_every=20, check_questions=args.questions)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = ScorerTrainer(Llava(), recipe, Schedule(args.steps, args.taught), args.peak, device)
-    trainer.start(trainer.family.start(llava_weights(args.model)))
+    trainer.start(trainer.family.start(folder_weights(args.model)))
     left = 60 * args.minutes - (time.monotonic() - begun)
     done = train(
         *(trainer, args.prompts, args.out, args.workers, left, args.check_every), lambda line: print(line, flush=True)
