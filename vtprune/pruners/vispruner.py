@@ -62,26 +62,28 @@ class VisPruner(Pruner):
         lens, counts = budget.pools(tokens)
         scores, source = common.attention(tokens)
         with common.exact(tokens):
-            usable = scores.isfinite() & tokens.features.float().sum(1).isfinite()
+            sound = tokens.features.float().sum(1).isfinite()
+            usable = scores.isfinite() & sound
             ranked = reference.topk(scores.masked_fill(~usable, -torch.inf), lens, lens)
             kept, start = [ranked[:0]], 0
             for n, k in zip(lens, counts, strict=True):
                 if k:
                     mine = ranked[start : start + n] - start
                     lead = int(k * self.important + 1e-6)
-                    unit, sound = common.unit_rows(tokens.features, start, n)
-                    diverse = self._distinct(unit, sound, mine[lead:], k - lead)
+                    here = slice(start, start + n)
+                    diverse = self._distinct(tokens.features[here], sound[here], mine[lead:], k - lead)
                     kept += [mine[:lead] + start, diverse + start]
                 start += n
             return common.unordered(torch.cat(kept), tokens, importance=source)
 
-    def _distinct(self, unit: Tensor, sound: Tensor, rows: Tensor, wanted: int) -> Tensor:
+    def _distinct(self, features: Tensor, sound: Tensor, rows: Tensor, wanted: int) -> Tensor:
         """`wanted` of `rows`."""
         if not wanted:
             return rows[:0]
         if wanted == rows.shape[0]:
             return rows
-        gram = unit @ unit.T
+        features = features.masked_fill(~sound[:, None], 0.0)
+        gram = common.cosines(features, features)
         # Broken rows are removed first.
         gram.masked_fill_(~sound[:, None], 2.0)
         while rows.shape[0] > wanted:
