@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
-from benchmarks import papers, tables
+from benchmarks import papers, scorer, tables
 from benchmarks.side_by_side import side_by_side
 from vtprune.eval import runner
+from vtprune.pruners.scorer import Scorer
 
 #: Chance of a right answer under each method.
 SKILL = {"dense": 0.95, "blank": 0.1, "question-only": 0.1, "downsample": 0.3, "random": 0.4, "worst of=norm": 0.05}
@@ -160,6 +162,40 @@ def test_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(shared["difference"]) == pytest.approx(float(shared["accuracy"]) - whole, abs=2e-4)
     assert rows[papers.PARTS[0], "1/9"]["against"] == "globalcom2 allocation=globalcom2"
     assert rows["idpruner allocation=equal", "1/9"]["against"] == ""
+
+
+def test_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(Scorer(8).state_dict(), tmp_path / "own.safetensors")
+    asked: list[tuple[str, int]] = []
+    trained = f"idpruner importance=scorer scorer={tmp_path / 'own.safetensors'}"
+
+    def fake(**job: Any) -> float:
+        asked.append((job["world"], job["count"]))
+        return made_up(**job)
+
+    monkeypatch.setattr(scorer, "answer", fake)
+    monkeypatch.setitem(SKILL, trained, 0.99)
+    monkeypatch.setitem(SKILL, "idpruner", 0.5)
+    given = ["--scorer", str(tmp_path / "own.safetensors"), "--questions", "240", "--workers", "1", "--commit", "abc"]
+    assert scorer.main([*given, "--rows", str(tmp_path / "rows"), "--out", str(tmp_path)]) == 0
+    assert sorted(asked) == sorted([(w, n) for w in ("basic", "extended") for n in (96, 96, 48)] + [("easy-vqa", 240)])
+    (path,) = tmp_path.glob("scorer-*.csv")
+    rows = {(row["world"], row["method"], row["keep"]): row for row in read(path)}
+    assert len(rows) == 3 * (1 + 2 * 3) and str(tmp_path) not in path.read_text()
+    for world in scorer.WORLDS:
+        for keep in scorer.KEEPS:
+            row = rows[world, "idpruner importance=scorer scorer=own.safetensors", keep]
+            free = rows[world, "idpruner", keep]
+            assert row["against"] == "idpruner" and row["n"] == "240" and float(row["difference_low"]) > 0
+            gain = float(row["accuracy"]) - float(free["accuracy"])
+            assert float(row["difference"]) == pytest.approx(gain, abs=2e-4)
+            assert free["against"] == ""
+
+
+def test_scorer_says_when_it_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "answer", lambda **job: _double(2))
+    given = ["--questions", "24", "--workers", "1", "--commit", "abc", "--rows", str(tmp_path / "rows")]
+    assert scorer.main([*given, "--out", str(tmp_path)]) == 1 and not list(tmp_path.glob("*.csv"))
 
 
 def test_the_importance_and_diversity_of_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

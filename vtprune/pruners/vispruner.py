@@ -28,8 +28,10 @@ class VisPruner(Pruner):
     https://arxiv.org/abs/2412.01818. Written from the paper. Deviations:
 
     - Without a CLS token importance is how unlike the mean of its image a token is; the paper averages attention maps.
-    - Removal goes by the cosine of projected rows. Each pool's N x N cosines are made once; rounds only look them up.
-    - After a round the first half stays in its order; the authors' code leaves it sorted by similarity.
+    - Removal goes by the cosine of projected rows, in the authors' code by that of rows before the projector. Each
+      pool's N x N cosines are made once; rounds only look them up.
+    - After a round all stay by falling attention; the authors' code puts what is left of the first half, sorted by
+      similarity, before the second half.
 
     Parameters
     ----------
