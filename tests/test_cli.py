@@ -115,6 +115,24 @@ def test_ask_json(
     assert Image.open(png).width == 720
 
 
+def test_ask_with_methods_in_a_row(
+    checkpoints: dict[str, Path], picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = vtprune.load(str(checkpoints["llava"]), device="cpu")
+    inputs = cli.build_inputs(model, processor, Image.open(picture), "what ?")
+    arguments = [picture, "what ?", "--model", checkpoints["llava"], "--max-new-tokens", "4", "--json"]
+    for keep, numbers in (("1/4", 0.25), ("1/2+3t", (0.5, 3))):
+        row = ["--method", "norm+idpruner", "--keep", keep, "--option", "mmr_lambda=0.7"]
+        assert ask(*arguments, *row) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["method"] == "norm+idpruner" and result["keep"] == keep
+        assert result["pruned"]["visual_tokens"] == {"1/4": 4, "1/2+3t": 3}[keep]
+        with vtprune.apply(model, ["norm", "idpruner"], keep=numbers, mmr_lambda=0.7):
+            out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        text = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        assert result["pruned"]["answer"] == text.strip()
+
+
 def test_ask_prints_a_table(
     checkpoints: dict[str, Path], picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +270,20 @@ MISTAKES = {
     "text as image": (["TEXT", "what ?"], "not a picture"),
     "cut image": (["CUT", "what ?"], "cannot read the image"),
     "unknown method": (["PICTURE", "what ?", "--method", "idprune"], "did you mean 'idpruner'"),
+    "unknown method in a row": (["PICTURE", "what ?", "--method", "norm+idprune"], "did you mean 'idpruner'"),
+    "a count before the end": (
+        ["PICTURE", "what ?", "--method", "norm+idpruner", "--keep", "64t+1/2"],
+        "a count belongs to the last method",
+    ),
+    "three budgets for two": (
+        ["PICTURE", "what ?", "--method", "norm+idpruner", "--keep", "1/2+1/2+64t"],
+        "3 numbers for 2 methods",
+    ),
+    "two budgets for one": (["PICTURE", "what ?", "--method", "norm", "--keep", "1/2+64t"], "keep="),
+    "option of none of them": (
+        ["PICTURE", "what ?", "--method", "norm+idpruner", "--option", "sed=1"],
+        "none of the methods norm, idpruner",
+    ),
     "bare one": (["PICTURE", "what ?", "--keep", "1"], "1.0 for all"),
     "keep of words": (["PICTURE", "what ?", "--keep", "half"], "not a budget"),
     "keep nothing": (["PICTURE", "what ?", "--keep", "0%"], "(0, 1]"),

@@ -15,7 +15,7 @@ from helpers import Declared, make_tokens
 import vtprune
 from vtprune import registry
 from vtprune.budget import Budget
-from vtprune.compose import Composed, compose
+from vtprune.compose import Composed, compose, parse_keeps, parse_names
 from vtprune.config import PruneConfig
 from vtprune.errors import ConfigError
 from vtprune.registry import Pruner, build, register
@@ -213,6 +213,16 @@ def test_what_cannot_be_composed(method: Any, keep: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         vtprune.apply(model, method, keep=keep)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_names_and_budgets_as_on_the_command_line() -> None:
+    assert parse_names("norm") == "norm" and parse_names("prumerge+") == "prumerge+"
+    assert parse_names("norm+idpruner") == ("norm", "idpruner")
+    assert parse_names("prumerge++norm+prumerge+") == ("prumerge+", "norm", "prumerge+")
+    assert parse_keeps("1/4") == 0.25 and parse_keeps("64t") == 64
+    assert parse_keeps("1/2+50%+64t") == (0.5, 0.5, 64)
+    with pytest.raises(ConfigError, match="half"):
+        parse_keeps("1/2+half")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -148,8 +148,12 @@ def ask(
     model: Annotated[
         str, typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name.")
     ] = "pocket-llava",
-    method: Annotated[str, typer.Option(help="How to choose tokens; see `vtprune methods`.")] = "idpruner",
-    keep: Annotated[str, typer.Option(help="What stays: a fraction (0.25, 1/9, 25%) or a count (128t).")] = "1/4",
+    method: Annotated[
+        str, typer.Option(help="How to choose tokens; see `vtprune methods`. Several run in a row: norm+idpruner.")
+    ] = "idpruner",
+    keep: Annotated[
+        str, typer.Option(help="What stays: a fraction (0.25, 1/9, 25%) or a count (128t); in a row 1/2+64t.")
+    ] = "1/4",
     overlay: Annotated[
         Path | None, typer.Option(help="Write a PNG that shows which patches were kept.", show_default=False)
     ] = None,
@@ -222,7 +226,7 @@ def evaluate(
     tasks: Annotated[list[str], typer.Argument(help="Such as pocketvqa/basic; a wrong name lists them all.")],
     out: Annotated[Path, typer.Option(help="JSONL file, a row per answer; what it holds is not run again.")],
     method: Annotated[
-        list[str], typer.Option(help="A method with its options, or a control; repeatable.")
+        list[str], typer.Option(help="A method with its options, several (norm+idpruner), or a control; repeatable.")
     ] = EVAL_METHODS,
     keep: Annotated[list[str], typer.Option(help="As for ask; repeatable.")] = EVAL_KEEPS,
     model: Annotated[
@@ -426,7 +430,7 @@ def _open_image(path: Path) -> Image.Image:
 
 
 def _config(method: str, keep: str, options: Sequence[str]) -> PruneConfig:
-    from .budget import parse_keep
+    from .compose import parse_keeps, parse_names
     from .config import PruneConfig
 
     parsed: dict[str, Any] = {}
@@ -438,7 +442,7 @@ def _config(method: str, keep: str, options: Sequence[str]) -> PruneConfig:
             parsed[key.strip()] = json.loads(value)  # numbers, true, false, null
         except ValueError:
             parsed[key.strip()] = value
-    return PruneConfig(method=method, keep=parse_keep(keep), options=parsed)
+    return PruneConfig(method=parse_names(method), keep=parse_keeps(keep), options=parsed)
 
 
 def _load(model: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:

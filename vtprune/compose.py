@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import Budget, FixedBudget, Pools, SteppedBudget, check_keep
+from .budget import Budget, FixedBudget, Pools, SteppedBudget, check_keep, parse_keep
 from .errors import ConfigError
 from .registry import Pruner, build, methods, nearest
 from .tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
@@ -165,6 +166,24 @@ def compose(names: Sequence[str], keeps: tuple[float | int, ...], options: dict[
                 f"their options are {', '.join(everything) or 'none'}"
             )
     return Composed(tuple(build(name, {k: v for k, v in options.items() if k in known[name]}) for name in names), keeps)
+
+
+def parse_names(text: str) -> str | tuple[str, ...]:
+    """One method's name, or those of ``"norm+idpruner"``. A name may end in a plus: ``"prumerge++idpruner"``."""
+    names = (text,) if text in methods() else tuple(re.split(r"\+(?=\w)", text))
+    return text if len(names) == 1 else names
+
+
+def parse_keeps(text: str) -> float | int | tuple[float | int, ...]:
+    """A budget as on the command line, or one for each method: ``"1/2+64t"``.
+
+    Raises
+    ------
+    ConfigError
+        A part is no budget.
+    """
+    keeps = tuple(map(parse_keep, text.split("+")))
+    return keeps[0] if len(keeps) == 1 else keeps
 
 
 def check_keeps(keep: Any, methods: int) -> tuple[float | int, ...]:

@@ -177,6 +177,10 @@ def test_another_model_is_refused(pocket: Pocket, whole: Path, tmp_path: Path) -
         (["downsample"], ["2.5"], "outside"),
         ([""], ["1/4"], "is not a control"),
         (["norm", " norm"], ["1/4"], "twice"),
+        (["norm+nrid"], ["1/4"], "did you mean 'grid'"),
+        (["norm+grid"], ["64t+1/2"], "a count belongs to the last method"),
+        (["norm"], ["1/2+64t"], "keep="),
+        (["norm+idpruner power=2"], ["1/4"], "none of the methods norm, idpruner has an option 'power'"),
     ],
 )
 def test_mistakes(methods: list[str], keeps: list[str], words: str, tmp_path: Path) -> None:
@@ -207,6 +211,28 @@ def test_labels() -> None:
     config = method.config("1/4")
     assert (config.keep, config.scope, config.options) == (0.25, "joint", {"importance": "norm"})
     assert [keep for _, keep in runner.combinations(["dense", "norm"], ["1/4", "64t"])] == ["1", "1/4", "64t"]
+
+
+def test_methods_in_a_row(pocket: Pocket, tmp_path: Path) -> None:
+    label, keeps = "norm+idpruner importance=norm", ["1/9", "1/2+64t"]
+    config = runner.Method.parse(label).config("1/2+64t")
+    assert (config.method, config.keep, config.options) == (("norm", "idpruner"), (0.5, 64), {"importance": "norm"})
+    out, settings = tmp_path / "x.jsonl", {"count": 3, "batch": 3}
+    rows = runner.run(*pocket, ["pocketvqa/basic"], [label], keeps, out, **settings)
+    assert sorted((row["method"], row["keep"], row["tokens_out"]) for row in rows) == [
+        (label, keep, 64) for keep in sorted(keeps) for _ in range(3)
+    ]
+    model, processor = pocket
+    examples = list(get("pocketvqa/basic").examples("val", 3, 0))
+    texts = [processor.apply_chat_template([*e.messages], add_generation_prompt=True) for e in examples]
+    pictures = [e.parts("image")[0]["image"] for e in examples]
+    inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+    with vtprune.using(model, ["norm", "idpruner"], keep=(0.5, 64), importance="norm"):
+        given = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    said = {row["id"]: row["prediction"] for row in rows if row["keep"] == "1/2+64t"}
+    assert [said[e.id] for e in examples] == [
+        text.strip() for text in processor.batch_decode(given, skip_special_tokens=True)
+    ]
 
 
 def test_places(pocket: Pocket, tmp_path: Path) -> None:

@@ -287,6 +287,31 @@ def test_a_broken_anchor_becomes_the_mean_of_the_others_or_stays() -> None:
     assert out[0] == 2 and out[1].isnan()
 
 
+def flat_areas(dim: int = 64) -> Tensor:
+    """24 x 24 rows as of a picture with plain areas: six values, most of their rows copies, the others nearly so."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(6, dim, generator=generator)
+    block = torch.arange(24) // 4
+    rows = values[((block[:, None] + block) % 6).flatten()]
+    noise = 1e-3 * torch.randn(576, dim, generator=generator)
+    return rows + noise * (torch.rand(576, 1, generator=generator) < 0.3)
+
+
+@pytest.mark.parametrize("keep", [0.5, 1 / 9])
+@each
+def test_how_sums_round_decides_nothing(method: str, keep: float) -> None:
+    """Another order of the columns changes no cosine, but the last bits of sums, as another device does."""
+    features = flat_areas()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    text = torch.randn(9, 64, generator=torch.Generator().manual_seed(2))
+    cls = torch.rand(576, generator=torch.Generator().manual_seed(3))
+    found = [
+        kept(build(method, {}).select(replace(one(x, (24, 24), cls), text=t, text_lens=(9,)), Budget(keep)))
+        for x, t in ((features, text), (features[:, order].contiguous(), text[:, order].contiguous()))
+    ]
+    assert found[0] == found[1]
+
+
 # -- hand-worked selections -------------------------------------------------------------------------------------------
 
 

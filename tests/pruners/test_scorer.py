@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtprune.budget import Budget
 from vtprune.errors import ConfigError
+from vtprune.pruners import scorer as scorers
 from vtprune.pruners.scorer import Scorer, load, soft_topk, soften
 from vtprune.registry import build
 
@@ -113,6 +114,24 @@ def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     pruner = build("idpruner", {"importance": "scorer", "scorer": saved(tmp_path, 16)})
     with pytest.raises(ConfigError, match="width 16, this model's have 8"):
         pruner.select(make_tokens([[[(3, 3)]]]), Budget(2))
+
+
+def test_a_folder_or_the_name_of_a_model_stands_for_the_scorer_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorers, "SHIPPED", tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no scorer pocket-x; give the path of a safetensors file$"):
+        load("pocket-x")
+    file = tmp_path / "pocket-x" / scorers.FILE
+    file.parent.mkdir()
+    Path(saved(tmp_path)).rename(file)
+    expected = load(str(file)).state_dict()
+    for name in ("pocket-x", str(file.parent)):
+        assert all(torch.equal(v, expected[k]) for k, v in load(name).state_dict().items())
+    with pytest.raises(ConfigError, match=r"no scorer pocket-y; .*, or the name of a model that ships.*: pocket-x"):
+        load("pocket-y")
+    pruner = build("idpruner", {"importance": "scorer", "scorer": "pocket-x"})
+    assert len(pruner.select(make_tokens([[[(3, 3)]]]), Budget(2))) == 2
 
 
 def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:

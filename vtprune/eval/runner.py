@@ -20,6 +20,7 @@ import transformers
 from .. import __version__
 from ..api import encode, make_config, report, using
 from ..budget import parse_keep
+from ..compose import parse_keeps, parse_names
 from ..config import PruneConfig
 from ..engine.attach import engine_of
 from ..errors import ConfigError
@@ -46,7 +47,7 @@ class Method:
     label
         As written, single spaces.
     name
-        The first word.
+        The first word; several methods that run one after the other are joined by a plus: ``"norm+idpruner"``.
     options
         The rest: ``key=value``, where the value is JSON or a bare word; also ``scope``, ``allocation``, ``positions``.
     """
@@ -84,7 +85,7 @@ class Method:
 
     def config(self, keep: str) -> PruneConfig:
         """What `vtprune.apply` would be told."""
-        return make_config(self.name, **{"keep": parse_keep(keep), **self.options})
+        return make_config(parse_names(self.name), **{"keep": parse_keeps(keep), **self.options})
 
 
 Combination = tuple[Method, str]
@@ -225,7 +226,8 @@ def run(
         with their options, such as
         ``"idpruner importance=norm"``.
     keeps
-        Budgets as on the command line: ``"1/4"``, ``"0.25"``, ``"128t"``. They are the labels of the rows, too.
+        Budgets as on the command line: ``"1/4"``, ``"0.25"``, ``"128t"``; ``"1/2+64t"`` for two methods in a row.
+        They are the labels of the rows, too.
     out
         JSONL file. What it holds already is not run again, so an interrupted run goes on where it was.
     split, count, seed

@@ -29,9 +29,9 @@ class CDPruner(Pruner):
 
     - In the paper relevance is the cosine between CLIP's image and text embeddings. No checkpoint that transformers
       serves as a vision-language model ships CLIP's text tower, so for every family it is the mean cosine between a
-      token's projected row and the language model's input embeddings of the question; this is also what the authors do
-      for encoders without a text tower. It is a weaker signal than CLIP's.
-    - The cosine counts as it is. With CLIP the authors' code takes its negative (`relevance="negative"`).
+      token's projected row and the language model's input embeddings of the question. Nothing has trained these two
+      to agree, so it is a weaker signal than CLIP's.
+    - The cosine counts as it is. The authors' code takes the negative of CLIP's (`relevance="negative"`).
     - A sample without a question, or whose tokens are all as relevant, is pruned for diversity alone.
     - Min-max of the relevance over each pool, not over the picture, where the budget has several pools per picture.
 
@@ -59,7 +59,7 @@ class CDPruner(Pruner):
         with common.exact(tokens):
             raw, source = self._relevance(tokens)
             scaled = reference.minmax(raw, lens) if sum(lens) else raw
-            # The authors add 1e-6 as well, so that no token is out of the question.
+            # The authors' code adds 1e-6 as well, so that no token is out of the question.
             quality = torch.where(_flat(raw, lens), 1.0, scaled + 1e-6)
             return Selection.from_picks(select.dpp(tokens.features, quality, lens, counts), tokens, relevance=source)
 

@@ -113,6 +113,20 @@ def nearest(features: Tensor, lens: Sequence[int], anchors: Tensor, counts: Sequ
     return into
 
 
+def cosines(one: Tensor, other: Tensor) -> Tensor:
+    """Cosines ``[n, m]`` fp32 of rows ``[n, D]`` and ``[m, D]``, which must be finite.
+
+    Made in fp64 and then rounded. In fp32 pairs that are as alike would differ by rounding, in another way on each
+    device: methods that match many pairs, as in a plain background, would choose others.
+    """
+    one, other = (
+        rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-8)
+        for rows in (one.detach().double(), other.detach().double())
+    )
+    # In blocks: fp64 need not be held for all pairs at once.
+    return torch.cat([(block @ other.T).float() for block in one.split(reference.BLOCK_ROWS)])
+
+
 def merged(tokens: VisualTokens, index: Tensor, into: Tensor, weight: Tensor | None = None) -> Tensor:
     """What becomes of the kept rows `index` when each row is averaged into the kept row that `into` names.
 

@@ -28,8 +28,8 @@ class DartPruner(Pruner):
 
     - The paper prunes after the second layer of the language model. Here that is `layer=1`; the default is before the
       language model, so that every layer is spared and counts compare with other methods.
-    - The paper's pivots have the largest attention keys, half of them visual and half text tokens. Here they are visual
-      tokens, by the L2 norm of their row; the paper finds that the choice hardly matters.
+    - The authors' pivots have the largest attention keys (L1 norm), four visual and four text tokens. Here they are
+      visual tokens, by the L2 norm of their row.
 
     Parameters
     ----------

@@ -58,7 +58,8 @@ class IDPruner(Pruner):
     importance_norm
         ``"raw_minmax"``, or ``"soft_topk_minmax"``: the soft top-k of a fifth of the tokens first.
     scorer
-        Safetensors file of the scorer's weights, for ``importance="scorer"``.
+        For ``importance="scorer"``: the safetensors file of its weights, a folder with one, or the name of a model that
+        ships with one. A scorer is trained for one model.
     """
 
     paper = "arXiv:2602.13315"

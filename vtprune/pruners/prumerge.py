@@ -32,9 +32,9 @@ class PruMergePlusPruner(Pruner):
     - Similarity and averages are taken on the rows behind the projector, with the cosine; the paper compares attention
       keys and merges rows before the projector.
     - Weights are divided by their sum, so that a row keeps its scale; the authors' code adds the weighted others to the
-      kept row.
-    - Attention is that of the last layer but one. Without a CLS token, how unlike the mean of its image a token is
-      takes its place among the outliers, and the average is plain.
+      kept row. There the others may be kept tokens too, and the weighted sum of all dropped ones is one more row.
+    - Attention is that of the last layer but one, in the authors' code that of the last. Without a CLS token, how
+      unlike the mean of its image a token is takes its place among the outliers, and the average is plain.
 
     Merged rows carry no gradient.
 

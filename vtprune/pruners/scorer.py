@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
+FILE = "scorer.safetensors"
+#: Where a model that ships with the package has its scorer.
+SHIPPED = Path(__file__).parents[1] / "models" / "pocket"
 SHARE = 0.2  # of the tokens that the soft top-k keeps, as in training
 _STEPS = 64
 
@@ -71,7 +74,8 @@ def load(path: str) -> Scorer:
     Parameters
     ----------
     path
-        A safetensors file with ``query.weight`` and ``key.weight`` ``[hidden, D]`` and ``query.bias`` and ``key.bias``
+        A folder with a file ``scorer.safetensors``, the name of a model that ships with one (``"pocket-llava"``), or
+        a safetensors file: with ``query.weight`` and ``key.weight`` ``[hidden, D]`` and ``query.bias`` and ``key.bias``
         ``[hidden]``, and nothing else.
 
     Raises
@@ -79,10 +83,15 @@ def load(path: str) -> Scorer:
     ConfigError
         There is no such file, or it holds something else.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"there is no scorer {path}; give the path of a safetensors file")
+    file = next((f for f in (Path(path), Path(path) / FILE, SHIPPED / path / FILE) if f.is_file()), None)
+    if file is None:
+        shipped = [folder.parent.name for folder in sorted(SHIPPED.glob(f"*/{FILE}"))]
+        raise ConfigError(
+            f"there is no scorer {path}; give the path of a safetensors file"
+            + (f", or the name of a model that ships with one: {', '.join(shipped)}" if shipped else "")
+        )
     try:
-        state = load_file(path)
+        state = load_file(file)
     except SafetensorError as error:
         raise ConfigError(
             f"{path} is not a whole safetensors file ({error}); fetch or train the scorer again"

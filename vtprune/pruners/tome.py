@@ -68,22 +68,22 @@ class TomePruner(Pruner):
 
     def _merge(self, features: Tensor, start: int, n: int, k: int) -> tuple[Tensor, Tensor]:
         """The `k` rows of a pool that stay, ascending, and which of them each of the `n` rows has gone into."""
-        sums = features[start : start + n].detach().to(torch.float32, copy=True)
-        size = torch.linalg.vector_norm(sums, dim=1).isfinite().float()  # broken rows weigh nothing
+        # In fp64, as are the cosines: a rounding that differs in one round decides which rows there are in the next.
+        sums = features[start : start + n].detach().to(torch.float64, copy=True)
+        size = sums.float().sum(1).isfinite().double()  # broken rows weigh nothing
         sums.masked_fill_(size[:, None] == 0, 0.0)
         rows = place = torch.arange(n, device=features.device)
         per_round = -(-(n - k) // self.rounds)
         while rows.shape[0] > k:
             m = rows.shape[0]
             gone = min(per_round, m - k, m // 2)
-            unit = sums / torch.linalg.vector_norm(sums, dim=1, keepdim=True).clamp(min=1e-8)
-            cosine = (unit[::2] @ unit[1::2].T).masked_fill_(size[1::2] == 0, common.NOTHING)
+            cosine = common.cosines(sums[::2], sums[1::2]).masked_fill_(size[1::2] == 0, common.NOTHING)
             like, best = cosine.max(1).values, cosine.argmax(1)  # argmax: the first of equal ones
             like = like.masked_fill(size[::2] == 0, 2.0)
             merge = like.sort(descending=True, stable=True).indices[:gone]
             target = torch.arange(m, device=rows.device).index_copy_(0, 2 * merge, 2 * best[merge] + 1)
             # A product rather than index_add, which a GPU sums in any order.
-            pairs = (best[merge] == torch.arange(m // 2, device=rows.device)[:, None]).float()
+            pairs = (best[merge] == torch.arange(m // 2, device=rows.device)[:, None]).double()
             sums[1::2] += pairs @ sums[::2][merge]
             size[1::2] += pairs @ size[::2][merge]
             stays = torch.ones(m, dtype=torch.int8, device=rows.device).index_fill_(0, 2 * merge, 0)

@@ -32,6 +32,7 @@ class VisionZipPruner(Pruner):
       which makes it about twice as long.
     - Without a CLS token the paper takes the mean attention that a token receives; here, which needs no attention map,
       how unlike the mean of its image it is.
+    - The authors' code keeps the CLS token as well, beyond the count; here it is no visual token.
     - The sample is even over all that is left, where the authors' code steps by a whole number and leaves a tail out.
 
     Merged rows carry no gradient.

@@ -28,8 +28,10 @@ class VisPruner(Pruner):
     https://arxiv.org/abs/2412.01818. Written from the paper. Deviations:
 
     - Without a CLS token importance is how unlike the mean of its image a token is; the paper averages attention maps.
-    - Removal goes by the cosine of projected rows. Each pool's N x N cosines are made once; rounds only look them up.
-    - After a round the first half stays in its order; the authors' code leaves it sorted by similarity.
+    - Removal goes by the cosine of projected rows, in the authors' code by that of rows before the projector. Each
+      pool's N x N cosines are made once; rounds only look them up.
+    - After a round all stay by falling attention; the authors' code puts what is left of the first half, sorted by
+      similarity, before the second half.
 
     Parameters
     ----------
@@ -62,26 +64,28 @@ class VisPruner(Pruner):
         lens, counts = budget.pools(tokens)
         scores, source = common.attention(tokens)
         with common.exact(tokens):
-            usable = scores.isfinite() & tokens.features.float().sum(1).isfinite()
+            sound = tokens.features.float().sum(1).isfinite()
+            usable = scores.isfinite() & sound
             ranked = reference.topk(scores.masked_fill(~usable, -torch.inf), lens, lens)
             kept, start = [ranked[:0]], 0
             for n, k in zip(lens, counts, strict=True):
                 if k:
                     mine = ranked[start : start + n] - start
                     lead = int(k * self.important + 1e-6)
-                    unit, sound = reference.unit_rows(tokens.features, start, n)
-                    diverse = self._distinct(unit, sound, mine[lead:], k - lead)
+                    here = slice(start, start + n)
+                    diverse = self._distinct(tokens.features[here], sound[here], mine[lead:], k - lead)
                     kept += [mine[:lead] + start, diverse + start]
                 start += n
             return common.unordered(torch.cat(kept), tokens, importance=source)
 
-    def _distinct(self, unit: Tensor, sound: Tensor, rows: Tensor, wanted: int) -> Tensor:
+    def _distinct(self, features: Tensor, sound: Tensor, rows: Tensor, wanted: int) -> Tensor:
         """`wanted` of `rows`."""
         if not wanted:
             return rows[:0]
         if wanted == rows.shape[0]:
             return rows
-        gram = unit @ unit.T
+        features = features.masked_fill(~sound[:, None], 0.0)
+        gram = common.cosines(features, features)
         # Broken rows are removed first.
         gram.masked_fill_(~sound[:, None], 2.0)
         while rows.shape[0] > wanted:

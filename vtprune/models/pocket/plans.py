@@ -301,7 +301,8 @@ def recalled(family: Family, plan: Plan, number: int, seed: int) -> dict[str, Te
 
 
 @lru_cache(maxsize=1)
-def _easy_questions() -> list[list[Question]]:
+def easy_questions() -> list[list[Question]]:
+    """Questions about each training picture of easy-VQA."""
     split = easyvqa.load("train")
     found: list[list[Question]] = [[] for _ in split.pictures]
     for picture, text, answer in split.questions:
@@ -339,8 +340,8 @@ def mixed(family: Family, plan: Plan, first: int, seed: int) -> dict[str, Tensor
             asked = data.in_turn(rng, {k: v for k, v in found.items() if k not in data.KINDS})[:6]
             asked = rng.sample(asked, len(asked)) + data.in_turn(rng, {k: found[k] for k in data.KINDS})[:4]
         else:
-            picture, number = BLANK, rng.randrange(len(_easy_questions()))
-            asked = rng.sample(_easy_questions()[number], min(8, len(_easy_questions()[number])))
+            picture, number = BLANK, rng.randrange(len(easy_questions()))
+            asked = rng.sample(easy_questions()[number], min(8, len(easy_questions()[number])))
         groups.append((picture,))
         rows.append(asked)
         easy.append(number)
