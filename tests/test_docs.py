@@ -104,3 +104,21 @@ def test_the_tables_of_the_readme_are_the_committed_results() -> None:
     }.items():
         these = [speed[(*key, *column)] for column in columns]
         assert found[label] == [f"{float(r['total_ms_median']):.0f} ({float(r['llm_ms_median']):.0f})" for r in these]
+
+
+def test_the_scorer_that_ships_is_as_good_as_the_guide_says() -> None:
+    import csv
+
+    with (ROOT / "benchmarks/results/scorer-nvidia-h100-80gb-hbm3.csv").open(encoding="utf-8") as file:
+        rows = {(r["world"], r["method"], r["keep"]): r for r in csv.DictReader(file)}
+    guide = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    trained = "idpruner importance=scorer scorer=pocket-llava"
+    for shown, method in {"random": "random", "idpruner": "idpruner", "idpruner importance=scorer": trained}.items():
+        line = next(row for row in guide.splitlines() if row.startswith(f"| `{shown}` | 0."))
+        cells = [float(cell) for cell in line.strip("| ").split(" | ")[1:]]
+        wanted = [(w, k) for w in ("basic", "extended", "easy-vqa") for k in ("1/9", "1/18")]
+        for (world, keep), cell in zip(wanted, cells, strict=True):
+            assert cell == pytest.approx(float(rows[world, method, keep]["accuracy"]), abs=5.1e-4), (shown, world, keep)
+            if method == trained:
+                assert float(rows[world, method, keep]["difference_low"]) > 0
+    assert (ROOT / "vtprune/models/pocket/pocket-llava/scorer.safetensors").is_file()
