@@ -78,7 +78,7 @@ class PruneConfig:
         if isinstance(self.keep, list | tuple) and not isinstance(self.method, str):
             object.__setattr__(self, "keep", check_keeps(self.keep, len(self.method)))
         elif isinstance(self.keep, list | tuple) and len(self.keep) != 1:
-            raise ConfigError(f"keep={self.keep!r} has {len(self.keep)} numbers for one method; give one")
+            raise ConfigError(f"keep={self.keep!r} has {len(self.keep)} numbers for one method; give a single one")
         else:
             object.__setattr__(self, "keep", Budget(self.keep).keep)  # type: ignore[arg-type]
         pruner = self.pruner()

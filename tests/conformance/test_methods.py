@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,31 @@ def test_counts_are_exact_and_rows_ascend(
     found = torch.bincount(torch.bucketize(selection.index, ends, right=True), minlength=len(pools.lens))
     assert tuple(found.tolist()) == pools.counts
     assert torch.equal(selection.cu_seqlens, torch.searchsorted(selection.index, tokens.cu_seqlens))
+    if selection.order is not None:
+        assert torch.equal(selection.order.sort().values, selection.index)
+
+
+@pytest.mark.parametrize("how", ["zero", "constant", "copies", "broken", "half"])
+@pytest.mark.parametrize("method", PROJECTOR)
+def test_odd_features_change_no_count(encoded: dict[str, Any], method: str, how: str) -> None:
+    tokens = encoded["batch"]
+    rows = tokens.features.detach().clone()
+    if how == "zero":
+        rows.zero_()
+    elif how == "constant":
+        rows[:] = rows[0]
+    elif how == "copies":
+        rows[1::2] = rows[: len(rows) // 2 * 2 : 2]
+    elif how == "broken":
+        rows[::3] = torch.nan
+    else:
+        rows = rows.bfloat16()
+    tokens = replace(tokens, features=rows)
+    selection = vtprune.select(tokens, method, keep=0.3, allocation="equal")
+    assert len(selection.index) == sum(Budget(0.3).pools(tokens).counts)
+    assert bool((selection.index.diff() > 0).all())
+    if selection.features is not None:
+        assert selection.features.dtype == rows.dtype and selection.features.shape == rows[selection.index].shape
     if selection.order is not None:
         assert torch.equal(selection.order.sort().values, selection.index)
 
