@@ -9,10 +9,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from ._jit import device_of, stages_for
 
 #: Matrices of one call take at most this much memory at a time; a larger one has the memory for itself.
 GRAM_BYTES = 1 << 30
@@ -302,8 +301,7 @@ def run(
             picks = slow(slice(start, start + n), k) + start
             order[done : done + k], index[done : done + k] = picks, picks.sort().values
         start, done = start + n, done + k
-    elsewhere = features.is_cuda and features.device.index != torch.cuda.current_device()
-    with torch.cuda.device(features.device) if elsewhere else nullcontext():
+    with device_of(features):
         for taken in _batches(lens, counts, most, size):
             launch(features, weight, plan_of(features, weight, lens, counts, taken), order, index)
     return order, index
@@ -340,8 +338,7 @@ def cosines(
     if key not in plan.launches:
         # The minima would not fit into the registers of four warps.
         side, depth, warps, stages = TILES[1][1] if near and plan.tile == TILES[2][1] else plan.tile
-        if _shared(features.device) < stages * 4 * side * depth + (1 << 13):
-            stages = 2
+        stages = stages_for(features, stages, 4 * side * depth)
         group = 1 if plan.longest * width <= 1 << 24 else 8
         # A whole row at once, if it is no longer than this: what follows one another waits for memory again and again.
         block = min(4096, max(128, triton.next_power_of_2(width)))
@@ -354,14 +351,6 @@ def cosines(
     plan.launches["norms", near](features, inverse, seen, width, stride)
     plan.launches[key](features, inverse, gram, seen, plan.fields, width, stride, offset, factor)
     return gram, inverse
-
-
-@functools.cache
-def _shared(device: torch.device) -> int:
-    """Bytes of shared memory that a program can have."""
-    if device.type != "cuda":
-        return 1 << 18
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
 def grid(pools: int, longest: int, tile: int, group: int) -> tuple[int, int]:
