@@ -119,7 +119,7 @@ def test_ask_with_methods_in_a_row(
     checkpoints: dict[str, Path], picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, processor = vtprune.load(str(checkpoints["llava"]), device="cpu")
-    inputs = cli.build_inputs(model, processor, Image.open(picture), "what ?")
+    inputs = build_inputs(model, processor, Image.open(picture), "what ?")
     arguments = [picture, "what ?", "--model", checkpoints["llava"], "--max-new-tokens", "4", "--json"]
     for keep, numbers in (("1/4", 0.25), ("1/2+3t", (0.5, 3))):
         row = ["--method", "norm+idpruner", "--keep", keep, "--option", "mmr_lambda=0.7"]

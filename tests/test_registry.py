@@ -139,7 +139,18 @@ def test_what_the_built_in_methods_declare() -> None:
     found = {word: {n for n, cls in table.items() if word in cls.mechanism} for word in registry.DECLARED["mechanism"]}
     assert found == {
         "transformation": {"pool", "prumerge+", "sparsevlm", "tome", "visionzip"},
-        "similarity": {"catp", "cdpruner", "dart", "divprune", "idpruner", "scope", "tome", "vispruner", "zoo"},
+        "similarity": {
+            "catp",
+            "cdpruner",
+            "dart",
+            "divprune",
+            "embedlens",
+            "idpruner",
+            "scope",
+            "tome",
+            "vispruner",
+            "zoo",
+        },
         "attention": {"globalcom2", "hiprune", "idpruner", "prumerge+", "scope", "visionzip", "vispruner"},
         "query": asking,
     }

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import vtprune
-from tests.conformance.helpers import ATTENTIONS, assert_close, hooks, manual_decode, reference
-from tests.conformance.reference import Prompt, Reference
+from conformance.helpers import ATTENTIONS, assert_close, hooks, manual_decode, reference
+from conformance.reference import Prompt, Reference
 from vtprune import engine
 from vtprune.errors import ConfigError, InputError
 from vtprune.lens import Calibration, inject, skip
