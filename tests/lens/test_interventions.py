@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conformance.helpers import ATTENTIONS, assert_close, hooks, manual_decode, reference
+from conformance.reference import Prompt, Reference
 from torch import Tensor, nn
 
 import vtprune
-from conformance.helpers import ATTENTIONS, assert_close, hooks, manual_decode, reference
-from conformance.reference import Prompt, Reference
 from vtprune import engine
 from vtprune.errors import ConfigError, InputError
 from vtprune.lens import Calibration, inject, skip
