@@ -123,6 +123,11 @@ def stages_for(x: Tensor, wanted: int, size: int) -> int:
     return max(1, min(wanted, (_shared_memory(x.device) - 2048) // size))
 
 
+def fits(x: Tensor, size: int) -> bool:
+    """A program on the GPU of `x` can have `size` bytes of shared memory."""
+    return size <= _shared_memory(x.device) - 2048
+
+
 def multipliable(x: Tensor) -> Tensor:
     """`x`, in fp32 where Triton's interpreter, which cannot multiply bf16, is to do it."""
     return x.float() if interpreted() and x.dtype == torch.bfloat16 else x
