@@ -8,6 +8,8 @@ before it, almost as much as the best row does; the scores are computed anew in 
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
@@ -299,6 +301,30 @@ def test_inputs_that_need_another_variant_have_another_plan() -> None:
         plan(x[:, :16].contiguous()), plan(x, w[:9]), plan(x, w[1:]), plan(x, w[:9].half()),
     ]  # fmt: skip
     assert len({id(p) for p in others}) == len(others)
+
+
+def test_threads_share_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "_MOST_PLANS", 4)
+    x, failed, often = torch.zeros(40, 16, dtype=torch.float16), [], sys.getswitchinterval()
+
+    def work(first: int) -> None:
+        try:
+            for i in range(600):
+                gram.plan_of(x, None, (40,), ((first + 7 * i) % 37 + 1,), (True,))
+        except Exception as error:
+            failed.append(error)
+
+    gram._PLANS.clear()
+    sys.setswitchinterval(1e-6)  # without a lock most runs end with an error, or with too many plans
+    try:
+        threads = [threading.Thread(target=work, args=(13 * number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(often)
+    assert not failed and len(gram._PLANS) == 4
 
 
 def test_tiles_follow_the_work_of_all_pools() -> None:
