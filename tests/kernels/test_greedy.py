@@ -438,10 +438,11 @@ def test_the_largest_pools(name: str) -> None:
     order = triton(name, x, w, [n], [k]).order.tolist()
     x, w = x.double(), w.double()
     unit = torch.nn.functional.normalize(x, dim=1)
-    lam, closest = {"mmr": 0.5, "mmr-9": 0.9}.get(name), torch.full_like(w, -2.0)
+    lam, closest, score = {"mmr": 0.5, "mmr-9": 0.9, "mmr-3": 0.3}.get(name), torch.full_like(w, -2.0), w.clone()
     for step, pick in enumerate(order):
-        if step and name != "mmr-3":
+        if step and (name != "mmr-3" or step % 3 == 0):
             score = w * (1 - closest) if name == "sads" else -closest if lam is None else lam * w - (1 - lam) * closest
+        if step or name != "max_min":
             score[order[:step]] = -INF
             assert float(score.max() - score[pick]) < 1e-3
         closest = torch.maximum(closest, unit @ unit[pick])
