@@ -112,7 +112,7 @@ def work(**job: Any) -> float:
             **{"split": "test", "name": job["model"], **settings},
         )
     else:
-        out = Path(job["folder"]) / f"{job['what']}-{job['model']}-{job['world']}-{job['pictures']}.csv"
+        out = made_file(job)
         if not out.exists():
             tokens = list(encoded(model, processor, name, job["pictures"], batch_of(job["model"], job["world"])))
             made = ranks(tokens, job["many"]) if job["what"] == "ranks" else balance(tokens)
@@ -121,6 +121,12 @@ def work(**job: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     return time.monotonic() - begun
+
+
+def made_file(job: Job) -> Path:
+    """What a job without answers writes; whatever decides on its numbers is in the name, for it is not made again."""
+    size = [job["pictures"], *([job["many"]] if job["what"] == "ranks" else [])]
+    return Path(job["folder"]) / f"{'-'.join(map(str, [job['what'], job['model'], job['world'], *size]))}.csv"
 
 
 def encoded(model: Any, processor: Any, task: str, pictures: int, batch: int) -> Iterator[VisualTokens]:
@@ -243,11 +249,12 @@ def without(column: tuple[str, str]) -> tuple[str, str]:
     return (f"{name} allocation=equal" if policy in ("globalcom2", "proportional") else "", keep)
 
 
-def tables(jobs: Sequence[Job], rows: Path, out: Path, where: str) -> None:
-    """Write what is finished."""
+def tables(jobs: Sequence[Job], out: Path, where: str) -> None:
+    """Write the tables of these jobs, which are done."""
     sweep = []
+    found = {(job["what"], job["model"], job["world"]): job for job in jobs if job["what"] != "answers"}
     for world in LAMBDA_WORLDS:
-        shown = _read(next(rows.glob(f"balance-{LAMBDA_MODEL}-{world}-*.csv")))
+        shown = _read(made_file(found["balance", LAMBDA_MODEL, world]))
         place = {(row["method"], row["keep"]): row for row in shown}
         for row in rows_of(collect(jobs, "lambda", world), LAMBDA_MODEL, world):
             at = place.get((row["method"], row["keep"]), {})
@@ -255,8 +262,8 @@ def tables(jobs: Sequence[Job], rows: Path, out: Path, where: str) -> None:
     write(out / f"idpruner-lambda-{where}.csv", sweep)
     split = rows_of(collect(jobs, "allocation", ALLOCATION_WORLD), ALLOCATION_MODEL, ALLOCATION_WORLD, without)
     write(out / f"globalcom2-allocation-{where}.csv", split)
-    found = [row for model, world in RANKED for row in _read(next(rows.glob(f"ranks-{model}-{world}-*.csv")))]
-    write(out / f"zoo-ranks-{where}.csv", found)
+    zoo = [row for model, world in RANKED for row in _read(made_file(found["ranks", model, world]))]
+    write(out / f"zoo-ranks-{where}.csv", zoo)
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -500,7 +507,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     where = name.lower().replace(" ", "-")
-    tables(jobs, given.rows, given.out, where)
+    tables(jobs, given.out, where)
     return report(given.out, given.docs, where)
 
 

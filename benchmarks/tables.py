@@ -156,22 +156,24 @@ class Answers:
         Of each question.
     tokens
         Visual tokens that the language model saw, mean over questions, of each column.
-    header
-        The first line of a file: device, versions, commit.
+    headers, header
+        The first lines of all files, and what they say together: device, versions, commit.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         right: dict[str, dict[tuple[str, str], bool]] = {}
         kinds: dict[str, str] = {}
         tokens: dict[tuple[str, str], list[int]] = {}
+        self.headers: list[dict[str, Any]] = []
         for file in files:
             headers, rows = read(file)
-            self.header = headers[0]
+            self.headers += headers
             for row in rows:
                 column = (row["method"], row["keep"])
                 right.setdefault(row["id"], {})[column] = row["correct"]
                 kinds[row["id"]] = row["kind"]
                 tokens.setdefault(column, []).append(row["tokens_out"])
+        self.header = together(self.headers)
         self.combinations = list(tokens)
         self.correct = np.array([[given[column] for column in self.combinations] for given in right.values()])
         self.kinds = [kinds[name] for name in right]
@@ -234,7 +236,7 @@ def pairs(found: dict[str, dict[str, Answers]]) -> Iterator[dict[str, Any]]:
         ])  # fmt: skip
         kinds = [f"{world}/{kind}" for world, answers in by_world.items() for kind in answers.kinds]
         means, drawn = stats.macro(correct, kinds), stats.bootstrap(correct, kinds)
-        header = next(iter(by_world.values())).header
+        header = together([header for answers in by_world.values() for header in answers.headers])
         keeps = list(dict.fromkeys(keep for method, keep in combinations if method == "random"))
         own = [method for method in dict.fromkeys(m for m, _ in combinations) if method not in CONTROLS]
         wanted = [(AS_RUN.get((model, a), a), AS_RUN.get((model, b), b)) for a, b, _ in CLAIMS]
@@ -253,10 +255,18 @@ def pairs(found: dict[str, dict[str, Answers]]) -> Iterator[dict[str, Any]]:
                     }
 
 
+#: Columns of the CSV files, and what they are called in a header.
+SOURCE = {"gpu": "device", "torch": "torch", "transformers": "transformers", "commit": "commit"}
+
+
+def together(headers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One header. A run that went on with other code, or elsewhere, names both."""
+    return {**headers[0], **{key: " + ".join(dict.fromkeys(h[key] for h in headers)) for key in SOURCE.values()}}
+
+
 def about(header: dict[str, Any]) -> dict[str, Any]:
     """Where the numbers come from."""
-    named = {"gpu": "device", "torch": "torch", "transformers": "transformers", "commit": "commit"}
-    return {column: header[key] for column, key in named.items()}
+    return {column: header[key] for column, key in SOURCE.items()}
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

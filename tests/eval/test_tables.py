@@ -100,6 +100,20 @@ def test_a_world_that_is_not_finished_is_left_out(
     assert {row["world"] for row in rows} == {"basic", "extended"}
 
 
+def test_a_run_that_went_on_with_other_code_says_so(tmp_path: Path) -> None:
+    job = {"model": "pocket-llava", "world": "basic", "count": 4, "methods": ["dense", "random", "grid"]}
+    jobs = [{**job, "seed": seed, "keeps": ["1/9"], "folder": tmp_path} for seed in range(3)]
+    for one in jobs:
+        made_up(**one)
+    last = tables.rows_file(jobs[2])
+    last.write_text(last.read_text().replace('"abc"', '"def"'))
+    answers = tables.Answers([tables.rows_file(one) for one in jobs])
+    found = {"pocket-llava": {"basic": answers}}
+    for rows in (tables.table(found), tables.pairs(found)):
+        assert {row["commit"] for row in rows} == {"abc + def"}
+    assert tables.about(answers.header)["gpu"] == "NVIDIA H100 80GB HBM3"
+
+
 def test_every_question_is_asked_once_and_a_batch_fits_on_the_gpu() -> None:
     class Given:
         models, questions, keep, methods, commit, rows = list(tables.EXAMS), 300, ["1/9"], ["norm"], "abc", Path("x")
@@ -143,11 +157,18 @@ def test_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             asked += [("estimator", "frobenius", "fd"), ("estimator", "norm of the token", "fd")]
             shown = {"spearman": 0.5, "low": 0.4, "high": 0.6, "pictures": 2}
             made = [{"quantity": q, "value": v, "against": a, **shown} for q, v, a in asked]
-        out = Path(job["folder"]) / f"{job['what']}-{job['model']}-{job['world']}-{job['pictures']}.csv"
-        papers.write(out, [{**named, **row, **about} for row in made])
+        papers.write(papers.made_file(job), [{**named, **row, **about} for row in made])
         return 0.0
 
     monkeypatch.setattr(papers, "work", work)
+    for pictures, many in ((1, 16), (30, 16), (99, 1024)):  # other runs into this folder
+        for model, world in papers.RANKED:
+            job = {"what": "ranks", "model": model, "world": world, "pictures": pictures, "many": many}
+            papers.write(papers.made_file({**job, "folder": tmp_path / "rows"}), [{"spearman": "stale"}])
+        for world in papers.LAMBDA_WORLDS:
+            if pictures != 30:
+                job = {"what": "balance", "model": papers.LAMBDA_MODEL, "world": world, "pictures": pictures}
+                papers.write(papers.made_file({**job, "folder": tmp_path / "rows"}), [{"method": "stale", "keep": ""}])
     given = ["--questions", "24", "--workers", "1", "--commit", "abc", "--rows", str(tmp_path / "rows")]
     assert papers.main([*given, "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 0
     page = (tmp_path / "docs" / "papers.md").read_text(encoding="utf-8")

@@ -72,6 +72,22 @@ def test_an_old_gpu_falls_back_with_one_warning(no_interpreter: None, monkeypatc
         dispatch.resolve("triton", on("cuda:0"))
 
 
+def test_an_old_triton_falls_back(no_interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    from vtprune.kernels import _probe
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_probe, "run", lambda device: None)
+    for version, backend in (("3.2.0", "torch"), ("2.3.1", "torch"), ("3.3.0", "triton"), ("3.10.0+git1", "triton")):
+        monkeypatch.setattr(triton, "__version__", version)
+        dispatch._obstacle.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert dispatch.resolve("auto", on("cuda:0")) == backend
+        said = [str(w.message) for w in told if w.category is VTPruneWarning]
+        assert [f"triton is {version}, kernels need 3.3" in text for text in said] == [True] * (backend == "torch")
+
+
 def test_a_machine_that_cannot_compile_falls_back(no_interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from vtprune.kernels import _probe

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import InputError
+from vtprune.kernels import _jit
+from vtprune.kernels import attention_rows as op
 from vtprune.kernels.attention_rows import attention_rows
 
 pytest.importorskip("triton")
@@ -76,6 +78,23 @@ def test_text_rows_with_padding_and_causality(mean: bool, softmax: bool, poison:
     slots = torch.tensor([[8, 9, 10], [-1, 1, 10]], device=DEVICE)
     check(query, key, softmax, mask=mask, slots=slots, mean=mean)
     check(query, key, softmax, mean=mean)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "dtype"), [(4, 128, torch.float32), (2, 256, torch.float32), (8, 64, torch.half)]
+)
+@pytest.mark.parametrize("mean", [True, False])
+def test_tiles_fit_where_shared_memory_is_small(
+    heads: int, dim: int, dtype: torch.dtype, mean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key = qk(1, heads, 1, 12, 150, dim, dtype)
+    before = op._tile(query, 12, heads, dim)
+    monkeypatch.setattr(_jit, "_shared_memory", lambda device: 99 << 10)  # a GPU of compute capability 8.6 or 8.9
+    _, tall, keys, wide = tile = op._tile(query, 12, heads, dim)
+    assert (tall + keys) * wide * query.element_size() <= 97 << 10
+    assert (tile != before) == (dtype == torch.float32)
+    slots = torch.arange(138, 150, device=DEVICE)[None]
+    check(query, key, slots=slots, mean=mean)
 
 
 def test_ragged_samples(poison: None) -> None:

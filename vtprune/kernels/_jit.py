@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -39,6 +40,17 @@ def precise(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+_CHANGES = threading.Lock()
+
+
+def remember(cache: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Put a value into a cache of at most `most` values, of which the oldest go first; from any thread."""
+    with _CHANGES:
+        while len(cache) >= most:
+            cache.pop(next(iter(cache)))
+        cache[key] = value
+
+
 #: What `on_device` has copied: the numbers, their copy, and an event behind it. The oldest go first.
 _COPIES: dict[tuple[Any, ...], tuple[Tensor, Tensor, Any]] = {}
 _MOST_COPIES = 256
@@ -61,9 +73,7 @@ def on_device(numbers: Sequence[int], device: torch.device, repeat: bool = False
             return copy
         found = host, copy, None if capturing else torch.cuda.current_stream(device).record_event()
         if not capturing:  # inside a graph it has no content before the first replay
-            if len(_COPIES) >= _MOST_COPIES:
-                _COPIES.pop(next(iter(_COPIES)))
-            _COPIES[key] = found
+            remember(_COPIES, key, found, _MOST_COPIES)
     elif not capturing:  # a capture begins with a wait for everything
         torch.cuda.current_stream(device).wait_event(found[2])
     if capturing:
@@ -121,6 +131,11 @@ def _shared_memory(device: torch.device) -> int:
 def stages_for(x: Tensor, wanted: int, size: int) -> int:
     """As many stages of a pipeline as are `wanted`, if the GPU of `x` has shared memory for them; `size` in bytes."""
     return max(1, min(wanted, (_shared_memory(x.device) - 2048) // size))
+
+
+def fits(x: Tensor, size: int) -> bool:
+    """A program on the GPU of `x` can have `size` bytes of shared memory."""
+    return size <= _shared_memory(x.device) - 2048
 
 
 def multipliable(x: Tensor) -> Tensor:

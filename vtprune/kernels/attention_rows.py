@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._jit import device_of, jit, multipliable, on_device, tl, triton
+from ._jit import device_of, fits, jit, multipliable, on_device, tl, triton
 from .dispatch import half, resolve
 
 
@@ -293,6 +293,18 @@ _LOGITS = (64, 256, 4)
 _AVERAGE = (64, 4)
 
 
+def _tile(query: Tensor, rows: int, groups: int, dim: int) -> tuple[int, int, int, int]:
+    """Queries of a launch, rows and keys of a tile, and their width; smaller ones where shared memory, in which both
+    factors lie, is small: heads of 128 in fp32 on a consumer's GPU, of 256 on any."""
+    chunk, keys, wide = min(rows, max(1, _LOGITS[0] // groups)), _LOGITS[1], max(16, triton.next_power_of_2(dim))
+    while True:
+        tall = max(16, triton.next_power_of_2(groups * chunk))
+        if fits(query, (tall + keys) * wide * query.element_size()) or (keys == _AVERAGE[0] and chunk == 1):
+            return chunk, tall, keys, wide
+        # Averages are made of whole blocks of keys.
+        keys, chunk = (keys // 2, chunk) if keys > _AVERAGE[0] else (keys, chunk // 2)
+
+
 def _rows_triton(
     query: Tensor,
     key: Tensor,
@@ -335,10 +347,8 @@ def _rows_triton(
     out = torch.zeros(sizes, dtype=torch.float32, device=device)
     if not out.numel() or not rows:
         return out
-    groups = heads // kv_heads
-    most, bl, warps = _LOGITS
-    chunk = min(rows, max(1, most // groups))
-    bm, bd = max(16, triton.next_power_of_2(groups * chunk)), max(16, triton.next_power_of_2(dim))
+    groups, warps = heads // kv_heads, _LOGITS[2]
+    chunk, bm, bl, bd = _tile(query, rows, groups, dim)
     blocks = -(-keys // bl)
     pitch = -(-keys // 8) * 8
     # Between 0 and 1, so that half precision costs no weight more than 1/2000 of it; logits have no such bounds.

@@ -12,7 +12,6 @@ its rows are dealt out. Cosines of a DPP are fp32, because its residuals are dif
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._jit import processors
 from .coverage import COVERED
 from .dispatch import interpreted
 from .dpp import SPENT
@@ -226,14 +226,9 @@ def _volume(  # type: ignore[no-untyped-def]
 # -- launches ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _programs(plan: Plan, device: torch.device) -> int:
-    """Programs per pool: as many as fit on the device together. Triton's interpreter runs one after the other."""
-    return 1 if interpreted() else max(1, min(_processors(device) // plan.pools, -(-plan.longest // SHARE)))
+def _programs(plan: Plan, x: Tensor) -> int:
+    """Programs per pool: as many as fit on the GPU of `x` together. Triton's interpreter runs one after the other."""
+    return 1 if interpreted() else max(1, min(processors(x) // plan.pools, -(-plan.longest // SHARE)))
 
 
 def _scratch(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -245,7 +240,7 @@ def _scratch(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
 def _launch(kernel: Any, features: Tensor, plan: Plan, *constants: int, num_warps: int) -> Launch:
     name = kernel.__name__
     if name not in plan.launches:
-        count = _programs(plan, features.device)
+        count = _programs(plan, features)
         plan.launches[name] = Launch(
             kernel, (count, plan.pools), (count > 1, *constants, plan.block),
             num_warps=num_warps, launch_cooperative_grid=count > 1,

@@ -16,6 +16,9 @@ BACKENDS = ("auto", "triton", "torch")
 
 #: Compute capability below which there is no kernel: bf16 matrix products need Ampere.
 _LEAST = (8, 0)
+#: Triton below which there is none: older ones have no cooperative launches, and want other arguments for a variant
+#: that was found (see `gram.Launch`).
+_LEAST_TRITON = (3, 3)
 
 
 def resolve(backend: str, tensor: Tensor) -> str:
@@ -61,9 +64,11 @@ def half(rows: Tensor) -> bool:
 def _obstacle(kind: str, index: int | None) -> str | None:
     """Why Triton cannot run on a device; None where it can."""
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"the package triton cannot be imported ({error})"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _LEAST_TRITON:
+        return f"triton is {triton.__version__}, kernels need {'.'.join(map(str, _LEAST_TRITON))} (PyTorch 2.7 has it)"
     if interpreted():
         return None
     if kind != "cuda":

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._jit import device_of, stages_for
+from ._jit import device_of, remember, stages_for
 
 #: Matrices of one call take at most this much memory at a time; a larger one has the memory for itself.
 GRAM_BYTES = 1 << 30
@@ -234,9 +234,7 @@ def plan_of(
     if found is None:
         found = Plan(lens, counts, taken, device)
         if not capturing:  # inside a graph it has no content before the first replay
-            if len(_PLANS) >= _MOST_PLANS:
-                _PLANS.pop(next(iter(_PLANS)))
-            _PLANS[key] = found
+            remember(_PLANS, key, found, _MOST_PLANS)
     elif (ready := found.ready) is not None and not capturing:  # a capture begins with a wait for everything
         if ready.query():
             found.ready = None

@@ -13,6 +13,8 @@ from .dispatch import resolve
 #: Most vocabulary rows, states, and numbers of the table that the PyTorch form has in fp32 at a time: whatever the
 #: sizes, it needs some 20 MiB beyond its inputs and results.
 BLOCK_ROWS, BLOCK_STATES, BLOCK_NUMBERS = 4096, 256, 1 << 20
+#: Longest list that the kernel keeps: beyond, it would not fit into registers.
+MOST_LISTED = 64
 #: Rows of the table shorter than this were never trained: padding and reserved ids.
 UNTRAINED = 1e-6
 
@@ -58,7 +60,7 @@ def lens_topk(
     table : Tensor
         ``[V, D]``.
     k
-        At least 1.
+        At least 1. More than `MOST_LISTED` are found by PyTorch.
     inverse : Tensor, optional
         ``[V]`` fp32 from `inverse_norms`, which is called if it is not given.
     backend
@@ -74,7 +76,7 @@ def lens_topk(
     flat, inverse = _check(hidden, table, inverse)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise InputError(f"k={k!r} counts no vocabulary rows; give a whole number from 1 on")
-    run = _topk_triton if resolve(backend, flat) == "triton" else reference_topk
+    run = _topk_triton if resolve(backend, flat) == "triton" and k <= MOST_LISTED else reference_topk
     values, ids = run(flat, table.detach(), k, inverse)
     return values.view(*hidden.shape[:-1], k), ids.view(*hidden.shape[:-1], k)
 
@@ -301,7 +303,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     index = tl.load(part_id + at, mask=here, other=-1)
     index = tl.where((index < 0) | (score == float("-inf")), 2147483647, index)
     length = tl.load(lengths + row)
-    for slot in tl.static_range(K):
+    for slot in range(0, K):  # unrolled, 64 of them took the compiler minutes
         top = tl.max(score, 0)
         first = tl.min(tl.where(score == top, index, 2147483647), 0)
         found = (top > float("-inf")) & (length == length)
@@ -402,8 +404,9 @@ def _topk_triton(flat: Tensor, table: Tensor, k: int, inverse: Tensor) -> tuple[
         )  # fmt: skip
         block = triton.next_power_of_2(parts * size)
         _merge_kernel[(rows,)](
-            part, part_id, _inverse_lengths(flat), values, ids, rows, parts, K=k, KP=size, BLOCK=block
-        )
+            part, part_id, _inverse_lengths(flat), values, ids, rows, parts, K=k, KP=size, BLOCK=block,
+            num_warps=min(16, max(4, block // 512)),
+        )  # fmt: skip
     return values, ids
 
 
