@@ -200,6 +200,16 @@ def test_what_is_refused(invented: Calibration) -> None:
     assert hooks(model) == clean
 
 
+def test_a_layer_without_the_sublayer_leaves_no_hook_behind() -> None:
+    model: Any = tiny.build("llava")
+    model(**tiny.prompt(model, 1))
+    del model.model.language_model.layers[3]._modules["mlp"]
+    clean = hooks(model)
+    with pytest.raises(AttributeError, match="mlp"), skip(model, [1, 3.5]):
+        pass
+    assert hooks(model) == clean
+
+
 def test_force_pack_is_not_needed_for_injection() -> None:
     model: nn.Module = tiny.build("llava")
     sample = tiny.prompt(model, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -72,14 +72,11 @@ def skip(
             )
         call.marks[key] = chosen
 
-    with watching(family, mark if plan else None) as engine:
+    with watching(family, mark if plan else None) as engine, ExitStack() as stack:
         hook = functools.partial(_silence, engine, key)
-        handles = [getattr(family.lm.layers[layer], name).register_forward_hook(hook) for layer, name in plan]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        for layer, name in plan:
+            stack.callback(getattr(family.lm.layers[layer], name).register_forward_hook(hook).remove)
+        yield
 
 
 def _sublayers(given: Sequence[float], depth: int) -> list[tuple[int, str]]:
