@@ -210,6 +210,17 @@ def test_a_layer_without_the_sublayer_leaves_no_hook_behind() -> None:
     assert hooks(model) == clean
 
 
+@torch.no_grad()
+def test_pictures_without_text_cannot_be_injected() -> None:
+    model = tiny.build("llava")
+    sample = tiny.prompt(model, 1)
+    visual = torch.isin(sample["input_ids"], torch.tensor(tiny.placeholders(model)))[0]
+    bare = {key: value if key == "pixel_values" else value[:, visual] for key, value in sample.items()}
+    for batch, which in ((bare, 0), (tiny.collate([sample, bare]), 1)):
+        with inject(model, 2), pytest.raises(InputError, match=f"sample {which} has pictures and no text"):
+            model(**batch)
+
+
 def test_force_pack_is_not_needed_for_injection() -> None:
     model: nn.Module = tiny.build("llava")
     sample = tiny.prompt(model, 1)
