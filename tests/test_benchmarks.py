@@ -127,6 +127,15 @@ def test_every_experiment_of_the_lens_writes_its_table(tmp_path: Path) -> None:
     assert {r["kind"] for r in tables["patches"]} == {"object", "color", "count", "character"}
 
 
+@pytest.mark.slow
+def test_patches_of_objects_say_what_they_are_after_the_last_layer() -> None:
+    model, processor = vtprune.load("pocket-llava", device="cpu", dtype=torch.float32)
+    rows = lens.words(lens.Bench(model, processor, "pocket-llava", 12, 12))
+    last = {row["attribute"]: row for row in rows if (row["layer"], row["top"]) == (6, 5)}
+    assert last["shape"]["hit"] > 0.08 and last["shape"]["hit"] > 3 * last["shape"]["chance"]  # 0.13, 0.03
+    assert last["color"]["hit"] > 0.08 and last["color"]["hit"] > 1.5 * last["color"]["chance"]  # 0.14, 0.06
+
+
 def test_a_class_is_compared_with_its_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up answers: without the class 3 of 4 are right, without as many others 2, with as many at random 1."""
 
