@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import vtprune
 from tests.conformance.helpers import ATTENTIONS, assert_close, hooks, manual_decode, reference
 from tests.conformance.reference import Prompt, Reference
 from vtprune import engine
-from vtprune.errors import ConfigError, InputError
+from vtprune.errors import ConfigError, InputError, VTPruneWarning
 from vtprune.lens import Calibration, inject, skip
 
 STEPS = 16
@@ -208,6 +209,24 @@ def test_a_layer_without_the_sublayer_leaves_no_hook_behind() -> None:
     with pytest.raises(AttributeError, match="mlp"), skip(model, [1, 3.5]):
         pass
     assert hooks(model) == clean
+
+
+@torch.no_grad()
+def test_what_never_sees_a_picture_says_so() -> None:
+    """An answer without the intervention must not pass for one with it."""
+    model = tiny.build("llava")
+    sample = tiny.prompt(model, 1)
+    embeds = model.get_input_embeddings()(sample["input_ids"])
+    for block in (inject(model, 2), skip(model, [1])):
+        with pytest.warns(VTPruneWarning, match="changed nothing: the inputs were embeddings without pixels"), block:
+            model(inputs_embeds=embeds, attention_mask=sample["attention_mask"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block in (inject(model, 2), skip(model, [1]), skip(model, []), inject(model, 0)):
+            with block:
+                model(**sample)
+        with skip(model, []), inject(model, 0):
+            model(inputs_embeds=embeds, attention_mask=sample["attention_mask"])
 
 
 @torch.no_grad()
