@@ -225,16 +225,18 @@ def remove(bench: Bench) -> Iterator[Row]:
     for name in wanted:
         drop = of[f"embedlens mode=drop classes={name}"]
         control = np.mean([of[f"embedlens mode=control classes={name} seed={s}"] for s in CONTROL_SEEDS], 0)
-        yield line(name, "the class", drop, of["dense"])
-        yield line(name, f"as many others, mean of {len(CONTROL_SEEDS)} seeds", control, of["dense"])
-        gain = stats.difference(drop[:, 0], control[:, 0], names)
         # Where a class has most of the tokens, there are not as many others: what is left at random is another control.
         seeds = [f"random seed={seed}" for seed in CONTROL_SEEDS]
         left = _run(bench, seeds, f"{round(float(drop[:, 1].mean()))}t")
         chance = np.mean([_of(left, label, kinds) for label in seeds], 0)
+        row = line(name, "the class", drop, of["dense"])
+        for column, other in (("to_others", control), ("to_all", chance)):
+            gain = stats.difference(drop[:, 0], other[:, 0], names)
+            row |= dict(zip((column, f"{column}_low", f"{column}_high"), gain, strict=True))
+        yield row
+        yield line(name, f"as many others, mean of {len(CONTROL_SEEDS)} seeds", control, of["dense"])
         yield line(name, f"as many of all tokens, mean of {len(CONTROL_SEEDS)} seeds", chance, of["dense"])
         yield line(name, "all but the class", of[f"embedlens mode=only classes={name}"], of["dense"])
-        print(f"{name}: the class less the control {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
 
 
 Plan = tuple[Row, Callable[[], AbstractContextManager[Any]]]

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import vtprune
 from benchmarks import accuracy, corematching, icl, kernels, lens, prefill
 from vtprune.lens import Lens
 from vtprune.lens.probe import View
@@ -123,6 +125,33 @@ def test_every_experiment_of_the_lens_writes_its_table(tmp_path: Path) -> None:
     assert len(baseline) == 1 and float(baseline[0]["accuracy"]) > 0.8 and float(baseline[0]["to_baseline"]) == 0
     assert {r["sublayers"] for r in tables["skip"]} >= {"none", "0", "0.5", "5.5", "attention", "mlp", "both"}
     assert {r["kind"] for r in tables["patches"]} == {"object", "color", "count", "character"}
+
+
+@pytest.mark.slow
+def test_patches_of_objects_say_what_they_are_after_the_last_layer() -> None:
+    model, processor = vtprune.load("pocket-llava", device="cpu", dtype=torch.float32)
+    rows = lens.words(lens.Bench(model, processor, "pocket-llava", 12, 12))
+    last = {row["attribute"]: row for row in rows if (row["layer"], row["top"]) == (6, 5)}
+    assert last["shape"]["hit"] > 0.08 and last["shape"]["hit"] > 3 * last["shape"]["chance"]  # 0.13, 0.03
+    assert last["color"]["hit"] > 0.08 and last["color"]["hit"] > 1.5 * last["color"]["chance"]  # 0.14, 0.06
+
+
+def test_a_class_is_compared_with_its_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up answers: without the class 3 of 4 are right, without as many others 2, with as many at random 1."""
+
+    def answered(_bench: lens.Bench, methods: list[str], keep: str) -> list[dict[str, Any]]:
+        def right(method: str) -> int:
+            return 3 if "mode=drop" in method else 2 if "mode=control" in method else 1 if keep == "100t" else 4
+
+        about = [{"id": str(i), "kind": "count", "tokens_out": 100} for i in range(4)]
+        return [{**row, "method": m, "correct": i < right(m)} for m in methods for i, row in enumerate(about)]
+
+    monkeypatch.setattr(lens, "_run", answered)
+    rows = list(lens.remove(lens.Bench(*vtprune.load("pocket-llava", device="cpu"), "pocket-llava", 4, 4)))
+    own = next(row for row in rows if (row["removed"], row["what"]) == ("dead", "the class"))
+    assert (own["to_dense"], own["to_others"], own["to_all"]) == (-0.25, 0.25, 0.5)
+    assert own["to_all_low"] <= 0.5 <= own["to_all_high"]
+    assert [row["accuracy"] for row in rows if row["removed"] == "dead"] == [0.75, 0.5, 0.25, 1.0]
 
 
 def test_an_object_owns_the_patches_that_it_covers() -> None:

@@ -435,7 +435,7 @@ def test_lens_mistakes_are_one_line(
         ((picture, "--out", tmp_path / "no" / "lens.png"), "does not exist"),
         (("nothing.png", *model), "no image"),
         ((picture, "--out", tmp_path / "x.png", "--layer", 9, *model), "layer 9 is not there"),
-        ((picture, "--out", tmp_path / "x.html", "--layer", 9, *model), "layer 9 was not looked at"),
+        ((picture, "--out", tmp_path / "x.html", "--layer", 9, *model), "layer 9 is not there"),
         ((picture, "--calibration", tmp_path / "none.json", *model), "cannot read the calibration"),
     ):
         assert look(*arguments) == 2

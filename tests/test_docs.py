@@ -106,6 +106,57 @@ def test_the_tables_of_the_readme_are_the_committed_results() -> None:
         assert found[label] == [f"{float(r['total_ms_median']):.0f} ({float(r['llm_ms_median']):.0f})" for r in these]
 
 
+def test_the_tables_of_the_lens_are_the_committed_results() -> None:
+    import csv
+
+    def result(name: str) -> list[dict[str, str]]:
+        with (ROOT / f"benchmarks/results/lens-{name}-pocket-llava-cpu.csv").open(encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def shows(cell: str, *wanted: str) -> None:
+        """A cell has the value first; and if there is an interval, then that of the value."""
+        numbers = [float(x) for x in re.findall(r"-?\d\.\d+|-?\d+", cell)]
+        for number, full in zip(numbers, wanted, strict=False):
+            assert number == pytest.approx(float(full), abs=5.1e-3), (cell, wanted)
+
+    text = (ROOT / "docs/lens.md").read_text(encoding="utf-8")
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    words = {(r["layer"], r["attribute"]): r for r in result("words") if r["top"] == "5"}
+    lines = [row for row in cells if len(row) == 5 and row[0].isdigit()]
+    assert len(lines) == 5
+    for layer, *shown in lines:
+        for attribute, (hit, chance) in {"shape": shown[:2], "color": shown[2:]}.items():
+            row = words[layer, attribute]
+            shows(hit, row["hit"], row["hit_low"], row["hit_high"])
+            shows(chance, row["chance"], row["chance_low"], row["chance_high"])
+    removed = {(r["removed"], r["what"].partition(",")[0]): r for r in result("remove")}
+    for label, key in {
+        "nothing": ("nothing", "dense"),
+        "the picture": ("everything", "question-only"),
+        "ViT sink": ("vit_sink", "the class"),
+        "as many others at random": ("vit_sink", "as many others"),
+        "dead": ("dead", "the class"),
+        "dead and sink": ("dead,sink", "the class"),
+        "all but dead and sink": ("dead,sink", "all but the class"),
+    }.items():
+        row = removed[key]
+        _, tokens, right, against = next(r for r in cells if len(r) == 4 and r[0] == label)
+        assert int(tokens) == round(float(row["tokens"])), label
+        shows(right, row["accuracy"], row["low"], row["high"])
+        shows(against, row["to_dense"], row["to_dense_low"], row["to_dense_high"])
+    right = next(r for r in cells if len(r) == 7 and r[0] == "right")
+    for row in (r for r in result("inject") if r["kind"] == "all"):
+        shows(right[1 + int(row["layer"])], row["accuracy"], row["low"], row["high"])
+    held = {(r["kind"], r["measure"]): r for r in result("patches")}
+    for label, kind in {"colour": "color", "count": "count", "shape": "object", "character": "character"}.items():
+        _, answer, alone, _, near = next(r for r in cells if len(r) == 5 and r[0].partition(" ")[0] == label)
+        for cell, measure in ((answer, "answer"), (alone, "answer, only this token kept")):
+            row = held[kind, measure]
+            shows(cell, row["value"], row["low"], row["high"])
+        best = max((held[kind, f"word in the nearest 5, layer {i}"] for i in range(7)), key=lambda r: float(r["value"]))
+        shows(near, best["value"], *((best["low"], best["high"]) if "[" in near else ()))
+
+
 def test_the_scorer_that_ships_is_as_good_as_the_guide_says() -> None:
     import csv
 

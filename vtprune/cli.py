@@ -286,17 +286,17 @@ def look(
     with _quiet(False) as say:
         say(f"loading {model}")
         net, processor = _load(model, device, dtype)
-        from .lens import lens
+        from .lens.probe import check_layers, lens
         from .models import find_family
         from .models.loading import build_inputs
         from .viz import lens_page, lens_picture, seen_image
 
+        family = find_family(net)
+        shown = len(family.lm.layers) if layer is None else layer
+        check_layers(family, shown)  # a page looks at all layers, and would not miss a wrong one until it is drawn
         inputs = build_inputs(net, processor, picture, "what is in the picture ?")
-        depth = len(find_family(net).lm.layers)
-        shown = depth if layer is None else layer
         say("looking")
         seen = lens(net, inputs, None if paged else shown, topk, processor, calibration)
-        seen.at(shown)  # an unknown layer is an error before anything is drawn
         categories = seen.classes
         drawn = seen_image(processor, inputs, picture)
         try:

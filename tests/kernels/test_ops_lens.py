@@ -57,13 +57,6 @@ def test_topk_finds_what_pytorch_finds(dtype: torch.dtype, tiles: None, poison: 
     check(x, table, 3)
 
 
-def test_a_list_too_long_for_registers_is_made_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, table = problem(3, 70, 20)
-    monkeypatch.setattr(op, "_topk_triton", lambda *_: pytest.fail("the kernel was asked"))
-    values, ids = op.lens_topk(x, table, op.MOST_LISTED + 1, backend="triton")
-    assert torch.equal(ids, op.lens_topk(x, table, op.MOST_LISTED + 1, backend="torch")[1]) and values.isfinite().all()
-
-
 def test_more_than_there_are(tiles: None) -> None:
     x, table = problem(3, 7, 16)
     inverse = op.inverse_norms(table, torch.tensor([1, 1, 0, 1, 1, 1, 0], device=DEVICE).bool())

@@ -36,6 +36,7 @@ def test_what_is_refused(invented: Calibration, tmp_path: Path) -> None:
     data = json.loads(invented.to_json())
     for change, message in (
         ({"version": 2}, "version 2"),
+        ({"version": 2, "what will be": 1}, "version 2"),
         ({"anchors": {"ghost": [1]}}, "'ghost'"),
         ({"anchors": {"dead": []}}, "anchors of 'dead'"),
         ({"anchors": {"dead": [120]}}, "0 to 119"),

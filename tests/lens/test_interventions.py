@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune import engine
-from vtprune.errors import ConfigError, InputError
+from vtprune.errors import ConfigError, InputError, VTPruneWarning
 from vtprune.lens import Calibration, inject, skip
 
 STEPS = 16
@@ -198,6 +199,45 @@ def test_what_is_refused(invented: Calibration) -> None:
     with skip(model, [1], tokens=lambda t: t.source), pytest.raises(InputError, match="expected bool"):
         model(**tiny.prompt(model, 1))
     assert hooks(model) == clean
+
+
+def test_a_layer_without_the_sublayer_leaves_no_hook_behind() -> None:
+    model: Any = tiny.build("llava")
+    model(**tiny.prompt(model, 1))
+    del model.model.language_model.layers[3]._modules["mlp"]
+    clean = hooks(model)
+    with pytest.raises(AttributeError, match="mlp"), skip(model, [1, 3.5]):
+        pass
+    assert hooks(model) == clean
+
+
+@torch.no_grad()
+def test_what_never_sees_a_picture_says_so() -> None:
+    """An answer without the intervention must not pass for one with it."""
+    model = tiny.build("llava")
+    sample = tiny.prompt(model, 1)
+    embeds = model.get_input_embeddings()(sample["input_ids"])
+    for block in (inject(model, 2), skip(model, [1])):
+        with pytest.warns(VTPruneWarning, match="changed nothing: the inputs were embeddings without pixels"), block:
+            model(inputs_embeds=embeds, attention_mask=sample["attention_mask"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block in (inject(model, 2), skip(model, [1]), skip(model, []), inject(model, 0)):
+            with block:
+                model(**sample)
+        with skip(model, []), inject(model, 0):
+            model(inputs_embeds=embeds, attention_mask=sample["attention_mask"])
+
+
+@torch.no_grad()
+def test_pictures_without_text_cannot_be_injected() -> None:
+    model = tiny.build("llava")
+    sample = tiny.prompt(model, 1)
+    visual = torch.isin(sample["input_ids"], torch.tensor(tiny.placeholders(model)))[0]
+    bare = {key: value if key == "pixel_values" else value[:, visual] for key, value in sample.items()}
+    for batch, which in ((bare, 0), (tiny.collate([sample, bare]), 1)):
+        with inject(model, 2), pytest.raises(InputError, match=f"sample {which} has pictures and no text"):
+            model(**batch)
 
 
 def test_force_pack_is_not_needed_for_injection() -> None:

@@ -159,6 +159,20 @@ def test_ties_multiples_and_untrained_rows() -> None:
     assert torch.allclose(values[0, [0, 2]], torch.tensor([0.9950, 0.6766]), atol=1e-4)
 
 
+def test_long_lists_do_not_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its list lies in registers, and its loops over the list are unrolled."""
+    op = sys.modules[lens_topk.__module__]
+    rows, table = torch.eye(4)[:2], torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    expected = lens_topk(rows, table, 65)
+    monkeypatch.setattr(op, "resolve", lambda backend, _tensor: "triton" if backend != "torch" else "torch")
+    asked: list[int] = []
+    monkeypatch.setattr(op, "_topk_triton", lambda r, t, k, i: asked.append(k) or op.reference_topk(r, t, k, i))
+    assert torch.equal(lens_topk(rows, table, 65)[1], expected[1]) and not asked
+    assert torch.equal(lens_topk(rows, table, 64)[1], expected[1][:, :64]) and asked == [64]
+    with pytest.raises(InputError, match="k=65"):
+        lens_topk(rows, table, 65, backend="triton")
+
+
 def test_memory_is_bounded_whatever_the_vocabulary() -> None:
     """1,296 tokens x 152,064 words x 3,584 dimensions in bf16 need less than 32 MiB, as tensors that have sizes but no
     numbers. The searches are counted on two small parts of the vocabulary, since their need does not grow with it."""

@@ -65,6 +65,13 @@ def test_the_page_holds_everything_and_escapes_it() -> None:
     assert [text for _, text in data["legend"]] == ["alive 4 (67%)", "dead 1 (17%)", "ViT sink 1 (17%)"]
 
 
+def test_a_title_is_a_title_whatever_it_is() -> None:
+    name = "__DATA__ \udcff __TITLE__"  # a file's name, which need not be UTF-8
+    page = lens_page(Image.new("RGB", (90, 60)), seen_of(ONE), 4, title=name)
+    assert page.count("data:image/png") == 1 and "<title>__DATA__ ? __TITLE__</title>" in page
+    assert data_of(page)["layers"] == [0, 4] and page.encode("utf-8")
+
+
 def test_views_and_frames_are_panels() -> None:
     image = Image.new("RGB", (80, 40))
     views = (

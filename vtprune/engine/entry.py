@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError
 from ..models.base import Family
 from . import positions as pos
 from .prefill import Pack, gather, pack, past_masks, prompt_positions
@@ -90,6 +90,12 @@ def hold_back(
     held = torch.stack(list(call.masks.values())).any(0).to(embeds.device)
     flat = held.reshape(-1).nonzero().squeeze(1)  # waits for the device: this is an experiment, not a way to save time
     held_per_sample = held.sum(1).cpu().numpy()
+    bare = (held_per_sample > 0) & (held_per_sample == rows)
+    if bare.any():
+        raise InputError(
+            f"sample {int(bare.argmax())} has pictures and no text, so the layers below {layer} would have nothing of "
+            "it; add text"
+        )
     text = pack(valid & ~held, (rows - held_per_sample).tolist())
     plan = pack(valid, rows.tolist())
     packed_width = plan.index.shape[1]

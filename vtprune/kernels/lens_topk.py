@@ -13,8 +13,8 @@ from .dispatch import resolve
 #: Most vocabulary rows, states, and numbers of the table that the PyTorch form has in fp32 at a time: whatever the
 #: sizes, it needs some 20 MiB beyond its inputs and results.
 BLOCK_ROWS, BLOCK_STATES, BLOCK_NUMBERS = 4096, 256, 1 << 20
-#: Longest list that the kernel keeps: beyond, it would not fit into registers.
-MOST_LISTED = 64
+#: Longest list that the kernel makes: it lies in registers, and loops over it are unrolled.
+LONGEST = 64
 #: Rows of the table shorter than this were never trained: padding and reserved ids.
 UNTRAINED = 1e-6
 
@@ -60,12 +60,12 @@ def lens_topk(
     table : Tensor
         ``[V, D]``.
     k
-        At least 1. More than `MOST_LISTED` are found by PyTorch.
+        At least 1. More than `LONGEST` are found by PyTorch.
     inverse : Tensor, optional
         ``[V]`` fp32 from `inverse_norms`, which is called if it is not given.
     backend
-        ``"auto"``, ``"triton"`` or ``"torch"``. Triton multiplies half-precision rows in tensor cores and sums in
-        fp32, as does PyTorch on a GPU; fp32 rows it multiplies in fp32.
+        ``"auto"``, ``"triton"`` (k of 64 at most) or ``"torch"``. Triton multiplies half-precision rows in tensor cores
+        and sums in fp32, as does PyTorch on a GPU; fp32 rows it multiplies in fp32.
 
     Returns
     -------
@@ -76,7 +76,9 @@ def lens_topk(
     flat, inverse = _check(hidden, table, inverse)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise InputError(f"k={k!r} counts no vocabulary rows; give a whole number from 1 on")
-    run = _topk_triton if resolve(backend, flat) == "triton" and k <= MOST_LISTED else reference_topk
+    if k > LONGEST and backend == "triton":
+        raise InputError(f"k={k} is more than the kernel's list holds, {LONGEST}; choose backend 'auto' or 'torch'")
+    run = _topk_triton if k <= LONGEST and resolve(backend, flat) == "triton" else reference_topk
     values, ids = run(flat, table.detach(), k, inverse)
     return values.view(*hidden.shape[:-1], k), ids.view(*hidden.shape[:-1], k)
 

@@ -55,6 +55,11 @@ def class_names(given: str | Sequence[str], alive: bool = False) -> tuple[str, .
     return tuple(name for name in known if name in chosen)
 
 
+def _check_version(version: Any) -> None:
+    if version != VERSION:
+        raise ConfigError(f"this calibration is of version {version}, and only {VERSION} is known; make it anew")
+
+
 @dataclass(frozen=True)
 class Categories:
     """Which classes each of T tokens belongs to.
@@ -143,10 +148,7 @@ class Calibration:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.version != VERSION:
-            raise ConfigError(
-                f"this calibration is of version {self.version}, and only {VERSION} is known; make it anew"
-            )
+        _check_version(self.version)
         for name in (*self.anchors, *self.means):
             if name not in CLASSES:
                 raise ConfigError(f"the calibration names a class {name!r}; classes are {', '.join(CLASSES)}")
@@ -185,6 +187,8 @@ class Calibration:
             Something is missing, unknown or out of range.
         """
         known = [f.name for f in fields(cls)]
+        if isinstance(data, dict):
+            _check_version(data.get("version", VERSION))  # before its fields, which another version may have more of
         if not isinstance(data, dict) or set(data) - set(known):
             odd = ", ".join(map(repr, sorted(set(data) - set(known)))) if isinstance(data, dict) else repr(data)
             raise ConfigError(f"a calibration has no {odd}; its fields are {', '.join(known)}")

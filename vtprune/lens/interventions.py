@@ -8,8 +8,9 @@ of a class, apply the method ``embedlens``; to remove all of them after a layer,
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..engine.attach import Engine, watching
 from ..engine.call import Call
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, VTPruneWarning
 from ..models import find_family
 from ..tokens import VisualTokens
 from .calibration import ALIVE, Calibration, class_names
@@ -56,13 +57,21 @@ def skip(
     ------
     ConfigError
         A sublayer that the model does not have, an unknown class, or no calibration.
+
+    Warns
+    -----
+    VTPruneWarning
+        At the end of the block, if it saw no prompt with pictures.
     """
     family = find_family(model)
     plan = _sublayers(sublayers, len(family.lm.layers))
     choose = _chooser(tokens, calibration, family.checkpoint, family.vocabulary)
     key = object()
+    fired = False
 
     def mark(call: Call) -> None:
+        nonlocal fired
+        fired = True
         assert call.tokens is not None
         chosen = choose(call.tokens)
         if chosen.dtype != torch.bool or chosen.shape != call.tokens.source.shape:
@@ -72,14 +81,13 @@ def skip(
             )
         call.marks[key] = chosen
 
-    with watching(family, mark if plan else None) as engine:
+    with watching(family, mark if plan else None) as engine, ExitStack() as stack:
         hook = functools.partial(_silence, engine, key)
-        handles = [getattr(family.lm.layers[layer], name).register_forward_hook(hook) for layer, name in plan]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        for layer, name in plan:
+            stack.callback(getattr(family.lm.layers[layer], name).register_forward_hook(hook).remove)
+        yield
+        if plan and not fired:
+            _warn("skip", engine)
 
 
 def _sublayers(given: Sequence[float], depth: int) -> list[tuple[int, str]]:
@@ -150,14 +158,32 @@ def inject(model: nn.Module, layer: int) -> Iterator[None]:
     ------
     ConfigError
         There is no such layer, or pruning is applied to the model: the two cannot be combined.
+
+    Warns
+    -----
+    VTPruneWarning
+        At the end of the block, if it saw no prompt with pictures.
     """
     family = find_family(model)
     last = len(family.lm.layers) - 1
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= last:
         raise ConfigError(f"layer={layer!r} is not there; visual tokens can enter before layers 0 to {last}")
-    with watching(family, entry=layer) as engine:
+    fired = False
+
+    def note(_call: Call) -> None:
+        nonlocal fired
+        fired = True
+
+    with watching(family, note if layer else None, entry=layer) as engine:
         if layer and engine.active_job() is not None:
             raise ConfigError(
                 "visual tokens cannot be injected while they are pruned; call vtprune.remove(model) first"
             )
         yield
+        if layer and not fired:
+            _warn("inject", engine)
+
+
+def _warn(name: str, engine: Engine) -> None:
+    """A block that saw no prompt with pictures; the frames above are those of `contextlib`, then the caller's."""
+    warnings.warn(f"lens.{name} changed nothing: {engine.silence}", VTPruneWarning, stacklevel=4)

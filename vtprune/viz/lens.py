@@ -8,6 +8,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,4 +289,7 @@ def lens_page(
     template = (Path(__file__).parent / "lens.html").read_text(encoding="utf-8")
     # "</script>" in a word must not end the script.
     text = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
-    return template.replace("__TITLE__", html.escape(title or "What visual tokens say")).replace("__DATA__", text)
+    parts = {"__TITLE__": html.escape(title or "What visual tokens say"), "__DATA__": text}
+    # Both at once: a title or a word may look like the other's place. Names of files may not be UTF-8, which a page is.
+    whole = re.sub("|".join(parts), lambda found: parts[found[0]], template)
+    return whole.encode("utf-8", "replace").decode("utf-8")
