@@ -294,6 +294,26 @@ def test_early_caches_of_a_second_prompt() -> None:
     assert bool(logits[1].isfinite().all()) and not same(logits[0], logits[1])
 
 
+@pytest.mark.parametrize("case", METHODS)
+@torch.no_grad()
+def test_a_turn_in_which_a_sample_says_nothing(case: str) -> None:
+    """Its row is all padding; the others go on as they do alone. (Qwen's own positions of such a row are an error.)"""
+    model = tiny.build("llava")
+    first, quiet, more = (tiny.prompt(model, 1, seed=s) for s in (1, 2, 3))
+    batch = tiny.collate([first, quiet])
+
+    def second(before: tiny.Inputs, rows: int) -> tiny.Inputs:
+        ids, said = (torch.cat([more[k], torch.zeros_like(more[k])])[:rows] for k in ("input_ids", "attention_mask"))
+        return {**more, "input_ids": ids, "attention_mask": torch.cat([before["attention_mask"], said], 1)}
+
+    with applied(model, case):
+        cache = model(**first, use_cache=True).past_key_values
+        alone = model(**second(first, 1), past_key_values=cache).logits[0]
+        cache = model(**batch, use_cache=True).past_key_values
+        together = model(**second(batch, 2), past_key_values=cache).logits[0]
+    assert_close(together, alone, LOOSE)
+
+
 @pytest.mark.parametrize(
     "method,options",
     [

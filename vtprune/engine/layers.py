@@ -142,9 +142,10 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     slots = slots[selection.index]
     keep.view(-1)[slots] = True
     counts = np.asarray(call.counts[-1]) - tokens.sample_lens(batch) + kept
-    if not counts.all():
+    emptied = (counts == 0) & (np.asarray(call.counts[-1]) > 0)  # a row of nothing but padding has nothing to lose
+    if emptied.any():
         raise InputError(
-            f"sample {int(counts.argmin())} has pictures and no text, and {job.config.label!r} leaves nothing of it; "
+            f"sample {int(emptied.argmax())} has pictures and no text, and {job.config.label!r} leaves nothing of it; "
             "add text, or choose another method"
         )
     plan = pack(keep, counts.tolist())
