@@ -16,7 +16,7 @@ from conformance.helpers import ATTENTIONS, FLASH, Reference, hooks, reference, 
 from conformance.reference import Prompt
 
 import vtprune
-from vtprune.decoding import vasparse
+from vtprune.decoding import contrast, vasparse
 from vtprune.errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 
 from .slow import Slow, contrasted
@@ -387,6 +387,28 @@ def test_two_threads_do_not_mix() -> None:
         for thread in threads:
             thread.join()
     assert all(torch.equal(found[i], expected[i]) for i in range(2))
+
+
+def test_rows_of_the_prior_may_be_let_go_of_while_another_thread_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's turn, put where it hurts: after a row was found, before it is read."""
+    model = tiny.build("llava")
+    monkeypatch.setattr(contrast, "CACHED_ROWS", 2)
+    prior, meanwhile = contrast.SparseContrast(model, 1.0, 0.1), contrast.SparseContrast(model, 1.0, 0.1).prior
+    expected = meanwhile(torch.tensor([5, 6]))
+    prior.prior(torch.tensor([5]))
+    embed = prior.embed
+
+    class Interrupted:
+        weight = embed.weight
+
+        def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+            prior.embed = embed
+            prior.prior(torch.tensor([7, 8]))
+            return embed(ids)
+
+    prior.embed = Interrupted()
+    with torch.no_grad():
+        assert torch.allclose(prior.prior(torch.tensor([5, 6])), expected, atol=1e-5) and list(prior.rows) == [5, 6]
 
 
 # -- what cannot work --------------------------------------------------------------------------------------------------
