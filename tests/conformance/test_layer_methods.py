@@ -14,6 +14,7 @@ from torch import nn
 
 import vtprune
 from vtprune.errors import ConfigError, InputError
+from vtprune.pruners.corematching import CoreMatchingPruner
 
 from .helpers import (
     ATTENTIONS,
@@ -211,6 +212,24 @@ def test_a_projector_stage_with_layer_stages(family: str, names: list[str]) -> N
             assert [i.tokens_out for i in report.images] == expected
     with pytest.raises(ConfigError, match="before the one before it is done"):
         vtprune.apply(model, names[::-1], keep=0.5)
+
+
+@torch.no_grad()
+def test_neurons_are_matched_after_another_method_at_the_same_layer() -> None:
+    """The core is that of the whole prompt that the layer saw; what fastv left is ranked by it."""
+    model = tiny.build("llava")
+    batch = tiny.collate(tiny.mixed(model))
+    with vtprune.apply(model, "corematching", keep=1 / 16, mode="top_k"), spies(["corematching"]) as records:
+        model(**batch)
+    alone = first_call(records["corematching"])[1]
+    scores = alone.tokens.source.new_zeros(int(alone.tokens.source.max()) + 1)
+    scores[alone.tokens.source] = CoreMatchingPruner().score(alone.tokens).long()
+    names = ["fastv", "corematching"]
+    with vtprune.apply(model, names, keep=[0.5, 0.5], mode="top_k"), spies(names) as records:
+        assert bool(model(**batch).logits.isfinite().all())
+    found = first_call(records["corematching"])[1]
+    assert len(found.tokens.source) < len(alone.tokens.source)
+    assert CoreMatchingPruner().score(found.tokens).tolist() == scores[found.tokens.source].tolist()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
