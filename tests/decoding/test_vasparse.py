@@ -17,6 +17,7 @@ from conformance.reference import Prompt
 
 import vtprune
 from vtprune.decoding import contrast, vasparse
+from vtprune.decoding.cache import VISUAL
 from vtprune.errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 
 from .slow import Slow, contrasted
@@ -336,6 +337,23 @@ def test_a_decoding_loop_by_hand_and_a_copied_cache_go_the_same_way(family: str,
             out = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=cache)
             tokens.append(int(out.logits[0, -1].argmax()))
     assert tokens == expected
+
+
+@pytest.mark.parametrize("part", ["all", dict(alpha=0, keep=1.0, beta=1e-12)], ids=["all", "nothing"])
+def test_under_a_pruner_that_shortens_early_caches_too(part: Any) -> None:
+    """What is remembered about the slots of a layer goes with them."""
+    model = tiny.build("llava")
+    sample = tiny.prompt(model, 2, seed=5)
+    options = PARTS[part] if isinstance(part, str) else part
+    settings = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    with vtprune.apply(model, "corematching", mode="top_k", keep=0.4, prune_early_kv=True):
+        plain = model.generate(**sample, **settings)
+        with vasparse(model, **(options | dict(alpha=0, select="generated"))):
+            out = model.generate(**sample, **settings)
+    layers = out.past_key_values.layers
+    assert all(layer.track.kind.shape[2] == layer.keys.shape[2] for layer in layers)
+    assert [int((layer.track.kind[0, 0] == VISUAL).sum()) for layer in layers] == [2 * 6] * tiny.LAYERS
+    assert isinstance(part, str) or torch.equal(out.sequences, plain.sequences)
 
 
 def test_a_second_turn_goes_on_with_what_was_selected() -> None:

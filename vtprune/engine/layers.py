@@ -107,7 +107,12 @@ def prune_cache(call: Call, cache: Any) -> None:
                 "shortened the cache during the forward (a KV-cache compressor?); leave prune_early_kv off beside it"
             )
         past = layer.keys.shape[2] - packs[done].index.shape[1]
-        index = index.to(layer.keys.device)[:, None, :, None]
+        index = index.to(layer.keys.device)
+        if hasattr(layer, "take"):  # it remembers something about its slots (see `decoding.cache`)
+            kept = torch.cat([pos.contiguous(len(index), past, 0, index.device), past + index], 1)
+            layer.take(kept[:, None].expand(-1, layer.keys.shape[1], -1))
+            continue
+        index = index[:, None, :, None]
         for name in ("keys", "values"):
             rows = getattr(layer, name)
             setattr(layer, name, torch.cat([rows[:, :, :past], rows[:, :, past:].take_along_dim(index, 2)], 2))
