@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -184,6 +184,45 @@ def test_each_keeps_its_own_share_before_a_method_that_counts_in_another_way() -
         patch.setattr(type(pair.members[1]), "select", select)
         chosen = pair.select(tokens, pair.stage_budget(Budget(0.4), PROJECTOR))
     assert seen == [80] and len(chosen) == 70
+
+
+def test_a_method_that_only_looks_does_not_stop_the_one_before_it() -> None:
+    """SparseVLM drops nothing at the projector, where it tells which words rate."""
+    tokens = make_tokens([[[(10, 10)]]])
+    tokens = replace(tokens, text=torch.randn(3, 8), text_lens=(3,), ctx={"image_lens": (100,)})
+    first = {(): 50, (0.4, 0.5): 40}  # equal steps to 25: a half, and a half of that
+    for keeps, left in first.items():
+        pair = compose(["divprune", "sparsevlm"], keeps, {})
+        budget = pair.stage_budget(Budget(0.25 if not keeps else 0.2), PROJECTOR)
+        assert budget.pools(tokens).counts == (left,) == (len(pair.select(tokens, budget)),)
+        assert tokens.ctx["raters"].shape == (1, 3)
+    last = Stage(14)
+    assert compose(["divprune", "sparsevlm"], (), {}).stage_budget(Budget(0.25), last).pools(tokens).counts == (25,)
+    everything = compose(["divprune", "sparsevlm"], (), {})
+    assert len(everything.select(tokens, everything.stage_budget(Budget(1.0), PROJECTOR))) == 100
+
+
+@pytest.mark.parametrize(
+    "names,left",
+    [
+        (["pyramiddrop", "visual-exit"], {7: 79, 15: 62, 23: 50}),  # 100 * .5 ** (1/3), and so on
+        (["sparsevlm", "visual-exit"], {1: 79, 5: 62, 14: 50}),
+        (["catp", "visual-exit"], {None: 75, 7: 50}),
+    ],
+)
+def test_steps_of_a_method_lead_to_its_own_share(names: list[str], left: dict[int | None, int]) -> None:
+    """Of two methods with one number, the first goes half of the way: 50 of 100 tokens where 25 are left."""
+    pair = compose(names, (), {"layer": 30} if names[0] != "catp" else {})
+    for layer, count in left.items():
+        tokens = replace(make_tokens([[[(10, 10)]]]), ctx={"image_lens": (100,)})
+        assert pair.stage_budget(Budget(0.25), Stage(layer)).pools(tokens).counts == (count,)
+        assert pair.stage_budget(Budget(25), Stage(layer)).pools(tokens).counts == (count,)
+
+
+def test_demonstrations_share_what_a_step_leaves() -> None:
+    tokens = replace(make_tokens([[[(10, 10)]] * 3]), ctx={"image_lens": (100,) * 3})
+    pair = compose(["catp", "visual-exit"], (), {})
+    assert pair.stage_budget(Budget(0.25), Stage(6)).pools(tokens) == ((200, 100), (100, 100))
 
 
 @pytest.mark.usefixtures("methods")

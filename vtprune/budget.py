@@ -249,8 +249,9 @@ class SteppedBudget(Budget):
 
     @classmethod
     def towards(cls, budget: Budget, power: float) -> SteppedBudget:
-        """A step towards `budget`."""
-        return cls(budget.keep, budget.scope, budget.allocation, power)
+        """A step towards `budget`; towards what a step leaves, so many steps of it."""
+        whole = budget.power if isinstance(budget, SteppedBudget) else 1.0
+        return cls(budget.keep, budget.scope, budget.allocation, power * whole)
 
 
 _NONE = Pools((), ())

@@ -95,8 +95,13 @@ class Composed(Pruner):
                 budget = SteppedBudget.towards(budget, (member + 1) / len(self.members))
         return self.members[member].stage_budget(budget, stage)
 
+    def _drops(self, member: int, stage: Stage) -> bool:
+        """Whether this member drops tokens at that stage, and not only looks (as SparseVLM does at the projector)."""
+        return self.members[member].stage_budget(Budget(0.5), stage).keep != 1.0
+
     def stage_budget(self, budget: Budget, stage: Stage) -> Budget:
-        return self._budget(budget, *self._here(stage)[-1])
+        here = self._here(stage)
+        return self._budget(budget, *([one for one in here if self._drops(*one)] or here)[-1])
 
     def check_checkpoint(self, checkpoint: str, vocabulary: Tensor) -> None:
         for member in self.members:
@@ -121,28 +126,35 @@ class Composed(Pruner):
             if i + 1 < len(here):
                 left = left.subset(chosen.index, chosen.cu_seqlens)
                 left = left if features is None else replace(left, features=features.to(tokens.features.dtype))
+                if tokens.prompt_rows is not None:  # at one place, the prompt is still the one that the layer saw
+                    acts = {probe: act for probe, act in tokens.probes.items() if probe.name == "ffn_act"}
+                    left = replace(left, prompt_rows=tokens.prompt_rows[index], prompt_lens=tokens.prompt_lens)
+                    left = left.with_probes(acts)
                 lens = _found(index, starts) if member.adaptive else counts
         return Selection(index, torch.searchsorted(index, tokens.cu_seqlens), order, features, info)
 
     def _counts(
         self, tokens: VisualTokens, budget: Budget, here: list[tuple[int, Stage]]
     ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-        """Rows of each pool at a place, and how many of them each member there leaves; `budget` is the last one's."""
+        """Rows of each pool at a place, and how many of them each member there leaves; `budget` is that of the last one
+        that drops any."""
         lens, last = budget.pools(tokens)
+        drops = [self._drops(*one) for one in here]
+        acting = [one for one, does in zip(here, drops, strict=True) if does]
         steps = [last]
-        for i in range(len(here) - 1, 0, -1):
+        for i in range(len(acting) - 1, 0, -1):
             if self.keeps:
                 # Not `replace`: the last one may count in a way of its own.
-                share = float(math.prod(self.keeps[: here[i - 1][0] + 1]))
+                share = float(math.prod(self.keeps[: acting[i - 1][0] + 1]))
                 plain = Budget(share, budget.scope, budget.allocation).pools(tokens)
                 counts = plain.counts if plain.lens == lens else tuple(math.floor(n * share + 1e-6) for n in lens)
             else:
                 counts = tuple(
-                    math.floor(n * (k / n) ** (i / len(here)) + 1e-6) if k else 0
+                    math.floor(n * (k / n) ** (i / len(acting)) + 1e-6) if k else 0
                     for n, k in zip(lens, last, strict=True)
                 )
             steps.insert(0, tuple(map(max, counts, steps[0])))
-        return lens, steps
+        return lens, [steps[done - 1] if done else lens for done in accumulate(drops)]
 
 
 def _found(index: Tensor, lens: Sequence[int]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 
 import vtprune
 from vtprune.errors import ConfigError, InputError
+from vtprune.pruners.corematching import CoreMatchingPruner
 
 from .helpers import (
     ATTENTIONS,
@@ -213,6 +214,24 @@ def test_a_projector_stage_with_layer_stages(family: str, names: list[str]) -> N
         vtprune.apply(model, names[::-1], keep=0.5)
 
 
+@torch.no_grad()
+def test_neurons_are_matched_after_another_method_at_the_same_layer() -> None:
+    """The core is that of the whole prompt that the layer saw; what fastv left is ranked by it."""
+    model = tiny.build("llava")
+    batch = tiny.collate(tiny.mixed(model))
+    with vtprune.apply(model, "corematching", keep=1 / 16, mode="top_k"), spies(["corematching"]) as records:
+        model(**batch)
+    alone = first_call(records["corematching"])[1]
+    scores = alone.tokens.source.new_zeros(int(alone.tokens.source.max()) + 1)
+    scores[alone.tokens.source] = CoreMatchingPruner().score(alone.tokens).long()
+    names = ["fastv", "corematching"]
+    with vtprune.apply(model, names, keep=[0.5, 0.5], mode="top_k"), spies(names) as records:
+        assert bool(model(**batch).logits.isfinite().all())
+    found = first_call(records["corematching"])[1]
+    assert len(found.tokens.source) < len(alone.tokens.source)
+    assert CoreMatchingPruner().score(found.tokens).tolist() == scores[found.tokens.source].tolist()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -292,6 +311,26 @@ def test_early_caches_of_a_second_prompt() -> None:
     (late_before, late), (early_before, now) = lengths
     assert early_before == [late_before[-1]] * tiny.LAYERS and now == [late[-1]] * tiny.LAYERS
     assert bool(logits[1].isfinite().all()) and not same(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("case", METHODS)
+@torch.no_grad()
+def test_a_turn_in_which_a_sample_says_nothing(case: str) -> None:
+    """Its row is all padding; the others go on as they do alone. (Qwen's own positions of such a row are an error.)"""
+    model = tiny.build("llava")
+    first, quiet, more = (tiny.prompt(model, 1, seed=s) for s in (1, 2, 3))
+    batch = tiny.collate([first, quiet])
+
+    def second(before: tiny.Inputs, rows: int) -> tiny.Inputs:
+        ids, said = (torch.cat([more[k], torch.zeros_like(more[k])])[:rows] for k in ("input_ids", "attention_mask"))
+        return {**more, "input_ids": ids, "attention_mask": torch.cat([before["attention_mask"], said], 1)}
+
+    with applied(model, case):
+        cache = model(**first, use_cache=True).past_key_values
+        alone = model(**second(first, 1), past_key_values=cache).logits[0]
+        cache = model(**batch, use_cache=True).past_key_values
+        together = model(**second(batch, 2), past_key_values=cache).logits[0]
+    assert_close(together, alone, LOOSE)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,22 @@ def test_caches_do_not_mix_and_can_be_copied() -> None:
 
 
 @torch.no_grad()
+def test_a_prompt_that_ran_outside_of_the_block_stays_dense() -> None:
+    """Its tokens had no vote; a core of what comes after it would be a core of that alone."""
+    model = tiny.build("llava")
+    sample, more = tiny.prompt(model, 1, seed=1), [[[7]], [[8]], [[3, 4, 5]], [[9]]]
+
+    def run(cache: Any) -> Tensor:
+        return torch.cat([model(input_ids=torch.tensor(ids), past_key_values=cache).logits for ids in more], 1)
+
+    cache = model(**sample, use_cache=True).past_key_values
+    dense = run(copy.deepcopy(cache))
+    with core_neurons(model, rho=RHO, beta=BETA, layers=range(tiny.LAYERS)):
+        assert torch.equal(run(cache), dense)
+        assert not torch.equal(run(model(**sample, use_cache=True).past_key_values), dense)
+
+
+@torch.no_grad()
 def test_batches_beams_and_forwards_without_a_cache_are_dense() -> None:
     model = tiny.build("qwen2_5_vl")
     batch = tiny.collate([tiny.prompt(model, 1, seed=1), tiny.prompt(model, 1, seed=2)])

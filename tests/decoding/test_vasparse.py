@@ -16,7 +16,8 @@ from conformance.helpers import ATTENTIONS, FLASH, Reference, hooks, reference, 
 from conformance.reference import Prompt
 
 import vtprune
-from vtprune.decoding import vasparse
+from vtprune.decoding import contrast, vasparse
+from vtprune.decoding.cache import VISUAL
 from vtprune.errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 
 from .slow import Slow, contrasted
@@ -338,6 +339,23 @@ def test_a_decoding_loop_by_hand_and_a_copied_cache_go_the_same_way(family: str,
     assert tokens == expected
 
 
+@pytest.mark.parametrize("part", ["all", dict(alpha=0, keep=1.0, beta=1e-12)], ids=["all", "nothing"])
+def test_under_a_pruner_that_shortens_early_caches_too(part: Any) -> None:
+    """What is remembered about the slots of a layer goes with them."""
+    model = tiny.build("llava")
+    sample = tiny.prompt(model, 2, seed=5)
+    options = PARTS[part] if isinstance(part, str) else part
+    settings = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    with vtprune.apply(model, "corematching", mode="top_k", keep=0.4, prune_early_kv=True):
+        plain = model.generate(**sample, **settings)
+        with vasparse(model, **(options | dict(alpha=0, select="generated"))):
+            out = model.generate(**sample, **settings)
+    layers = out.past_key_values.layers
+    assert all(layer.track.kind.shape[2] == layer.keys.shape[2] for layer in layers)
+    assert [int((layer.track.kind[0, 0] == VISUAL).sum()) for layer in layers] == [2 * 6] * tiny.LAYERS
+    assert isinstance(part, str) or torch.equal(out.sequences, plain.sequences)
+
+
 def test_a_second_turn_goes_on_with_what_was_selected() -> None:
     model = tiny.build("llava")
     sample = tiny.prompt(model, 1, seed=5)
@@ -387,6 +405,28 @@ def test_two_threads_do_not_mix() -> None:
         for thread in threads:
             thread.join()
     assert all(torch.equal(found[i], expected[i]) for i in range(2))
+
+
+def test_rows_of_the_prior_may_be_let_go_of_while_another_thread_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's turn, put where it hurts: after a row was found, before it is read."""
+    model = tiny.build("llava")
+    monkeypatch.setattr(contrast, "CACHED_ROWS", 2)
+    prior, meanwhile = contrast.SparseContrast(model, 1.0, 0.1), contrast.SparseContrast(model, 1.0, 0.1).prior
+    expected = meanwhile(torch.tensor([5, 6]))
+    prior.prior(torch.tensor([5]))
+    embed = prior.embed
+
+    class Interrupted:
+        weight = embed.weight
+
+        def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+            prior.embed = embed
+            prior.prior(torch.tensor([7, 8]))
+            return embed(ids)
+
+    prior.embed = Interrupted()
+    with torch.no_grad():
+        assert torch.allclose(prior.prior(torch.tensor([5, 6])), expected, atol=1e-5) and list(prior.rows) == [5, 6]
 
 
 # -- what cannot work --------------------------------------------------------------------------------------------------

@@ -45,16 +45,18 @@ class SparseContrast(LogitsProcessor):
     def prior(self, ids: Tensor) -> Tensor:
         """Logits ``[B, V]`` of the prior after the tokens `ids` (``[B]`` int64)."""
         names = ids.tolist()
-        missing = sorted({name for name in names if name not in self.rows})
+        known = {name: self.rows.get(name) for name in names}  # other threads may let go of rows meanwhile
+        missing = sorted(name for name, row in known.items() if row is None)
         if missing:
             made = self.head(self.embed(torch.tensor(missing, device=self.embed.weight.device)))
-            self.rows.update(zip(missing, made, strict=True))
-        for name in names:
-            self.rows.move_to_end(name)
-        out = torch.stack([self.rows[name] for name in names])
+            known.update(zip(missing, made, strict=True))
+        rows = [row for name in names if (row := known[name]) is not None]
+        for name, row in zip(names, rows, strict=True):
+            self.rows.pop(name, None)
+            self.rows[name] = row
         while len(self.rows) > CACHED_ROWS:
             self.rows.popitem(last=False)
-        return out
+        return torch.stack(rows)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Log-probabilities ``[B, V]`` from `scores` ``[B, V]`` (logits, or log-probabilities of beams)."""

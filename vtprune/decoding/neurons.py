@@ -101,9 +101,10 @@ class CoreNeurons:
             local.cores, local.sparse = None, False  # dense
             return
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        local.cores = getattr(cache, _ATTRIBUTE, None) if cache is not None and cache.get_seq_length() else None
-        local.sparse = local.cores is not None and rows.shape[1] == 1
-        local.cores = local.cores or Cores()
+        filled = cache is not None and bool(cache.get_seq_length())
+        # A prompt that ran elsewhere had no vote, and what follows it is no stand-in: dense.
+        local.cores = getattr(cache, _ATTRIBUTE, None) if filled else Cores()
+        local.sparse = filled and local.cores is not None and rows.shape[1] == 1
         local.valid = mask[0].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _vote(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -158,7 +159,8 @@ def core_neurons(
     are most active; the rows and columns of the `beta` share with the most votes are gathered once, and every single
     token that follows on this cache is computed with them. Several tokens at a time (a new turn, candidates of assisted
     generation) run on all neurons, vote, and the core is picked again. Batches of more than one, forwards without a
-    cache and training are dense. It works beside `vtprune.apply`: the core is that of the tokens that were left.
+    cache, caches that were filled outside of the block, and training are dense. It works beside `vtprune.apply`: the
+    core is that of the tokens that were left.
 
     Memory: a copy of ``beta`` of the FFN of those layers, per cache.
 

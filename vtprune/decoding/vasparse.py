@@ -97,7 +97,7 @@ class Session:
         self.family, self.engine = family, engine
         self.keep, self.lam, self.beta, self.every = keep, lam, beta, every
         self.select, self.scores, self.merge = select, scores, merge
-        self.active, self.fired = True, False
+        self.active = True
         self.local = _Local()
         self.handles: list[Any] = []
 
@@ -239,10 +239,8 @@ class Session:
         self.local.step = self.local.queries = self.local.visual = None
         if step.visual is None and step.past and step.rows == 1:
             clock.generated, clock.since = clock.generated + 1, clock.since + 1
-        self.fired = self.fired or bool(step.past and self.beta)
         kind = self._due(step, clock, 0)
         if kind is not None:
-            self.fired = True
             clock.since = 0
             self._select(cache, clock, step, kind)
 

@@ -107,7 +107,12 @@ def prune_cache(call: Call, cache: Any) -> None:
                 "shortened the cache during the forward (a KV-cache compressor?); leave prune_early_kv off beside it"
             )
         past = layer.keys.shape[2] - packs[done].index.shape[1]
-        index = index.to(layer.keys.device)[:, None, :, None]
+        index = index.to(layer.keys.device)
+        if hasattr(layer, "take"):  # it remembers something about its slots (see `decoding.cache`)
+            kept = torch.cat([pos.contiguous(len(index), past, 0, index.device), past + index], 1)
+            layer.take(kept[:, None].expand(-1, layer.keys.shape[1], -1))
+            continue
+        index = index[:, None, :, None]
         for name in ("keys", "values"):
             rows = getattr(layer, name)
             setattr(layer, name, torch.cat([rows[:, :, :past], rows[:, :, past:].take_along_dim(index, 2)], 2))
@@ -142,9 +147,10 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     slots = slots[selection.index]
     keep.view(-1)[slots] = True
     counts = np.asarray(call.counts[-1]) - tokens.sample_lens(batch) + kept
-    if not counts.all():
+    emptied = (counts == 0) & (np.asarray(call.counts[-1]) > 0)  # a row of nothing but padding has nothing to lose
+    if emptied.any():
         raise InputError(
-            f"sample {int(counts.argmin())} has pictures and no text, and {job.config.label!r} leaves nothing of it; "
+            f"sample {int(emptied.argmax())} has pictures and no text, and {job.config.label!r} leaves nothing of it; "
             "add text, or choose another method"
         )
     plan = pack(keep, counts.tolist())

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..budget import Budget, Pools
+from ..budget import Budget, Pools, SteppedBudget
 from ..errors import ConfigError
 from ..kernels.facility import facility
 from ..registry import Pruner, register
@@ -19,16 +19,18 @@ from . import common, layers
 
 
 @dataclass(frozen=True)
-class Halfway(Budget):
+class Halfway(SteppedBudget):
     """Half of what goes in the end is gone: of N tokens that K will be left of, ``floor((N + K) / 2)``."""
 
     def image_count(self, n: int) -> int:
-        last = min(self.keep, n) if isinstance(self.keep, int) else n * self.keep
-        return max(super().image_count(n), math.floor((n + last) / 2 + 1e-6)) if n else 0
+        if not n:
+            return 0
+        share = min(self.keep, n) / n if isinstance(self.keep, int) else self.keep
+        return max(super().image_count(n), math.floor((n + n * share**self.power) / 2 + 1e-6))
 
 
 @dataclass(frozen=True)
-class Contextual(Budget):
+class Contextual(SteppedBudget):
     """Demonstrations of a sample share one pool; pictures of the query have theirs.
 
     Parameters
@@ -50,7 +52,8 @@ class Contextual(Budget):
                 left = sum(now[i] for i in shown)
                 total = sum(before[i] for i in shown)
                 kept = [self.image_count(before[i]) for i in shown]
-                wanted = sum(kept) if isinstance(self.keep, int) else max(1, math.floor(total * self.keep + 1e-6))
+                share = self.keep**self.power
+                wanted = sum(kept) if isinstance(self.keep, int) else max(1, math.floor(total * share + 1e-6))
                 lens.append(left)
                 counts.append(left if self.query else min(left, wanted))
             for i in asked:
@@ -142,7 +145,8 @@ class CATPPruner(Pruner):
         return (PROJECTOR, Stage(self.after), Stage(self.after + 1))
 
     def stage_budget(self, budget: Budget, stage: Stage) -> Budget:
-        given = (budget.keep, budget.scope, budget.allocation)
+        last = SteppedBudget.towards(budget, 1.0)
+        given = (last.keep, last.scope, last.allocation, last.power)
         if stage == PROJECTOR:
             return Halfway(*given)
         return Contextual(*given, self.query_images, stage.layer != self.after)

@@ -99,7 +99,8 @@ class SparseVLMPruner(Pruner):
     def _scores(self, tokens: VisualTokens, layer: int) -> Tensor:
         rows, last = tokens.probes[Probe("text_rows", layer)], tokens.probes[Probe("last_query_row", layer)]
         lens = tokens.sample_lens(tokens.num_samples)
-        sample = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens)).to(tokens.device)
+        sample = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
+        sample = sample.to(tokens.device, non_blocking=True)
         rating = tokens.ctx["raters"][sample].float()
         number = rating.sum(1)
         return torch.where(number > 0, (rows * rating).sum(1) / number.clamp(min=1), last)
