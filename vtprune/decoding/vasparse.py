@@ -387,7 +387,7 @@ def vasparse(
         others are taken out of it; positions stay. 1.0 switches it off.
     beta
         Sink penalty: logits of keys become ``1 + beta - beta * w`` times as large, where w is how large a share of all
-        attention the key has drawn. Decoding only. 0 switches it off.
+        attention the key has drawn. It acts on every forward on a filled cache. 0 switches it off.
     lam
         How much a token's own attention to the picture counts when it is decided what stays.
     plausibility
