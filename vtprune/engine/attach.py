@@ -446,25 +446,16 @@ def watching(family: Family, watch: Callable[[Call], None] | None = None, entry:
     It finds ``call.tokens`` and ``call.slots``, may note something in ``call.marks``, and its hooks find the call in
     ``engine.local.call``. With an `entry`, visual tokens enter before that decoder layer instead of with the prompt.
     """
-    with LOCK:
-        engine = engine_of(family) or Engine(family)
-        if engine_of(family) is None:
-            engine.attach()
-        engine.meet(family)
-        engine.users += 1
-    before = engine.local.watchers, engine.local.entry
-    try:
-        if entry:
-            engine._hook_layers(entry)
-        engine.local.watchers = before[0] if watch is None else (*before[0], watch)
-        engine.local.entry = before[1] if entry is None else entry
-        yield engine
-    finally:
-        engine.local.watchers, engine.local.entry = before
-        with LOCK:
-            engine.users -= 1
-            if not engine.users:
-                engine.detach()
+    with attached(family) as engine:
+        before = engine.local.watchers, engine.local.entry
+        try:
+            if entry:
+                engine._hook_layers(entry)
+            engine.local.watchers = before[0] if watch is None else (*before[0], watch)
+            engine.local.entry = before[1] if entry is None else entry
+            yield engine
+        finally:
+            engine.local.watchers, engine.local.entry = before
 
 
 def new_rows(mask: Any, state: pos.CacheState | None, past: int, embeds: Tensor) -> Tensor | None:
