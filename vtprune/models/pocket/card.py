@@ -307,8 +307,8 @@ def model_card(name: str, log: Sequence[dict[str, Any]], parameters: int, size: 
         f"{about.start} Pictures and questions are generated while it trains; training, validation and test samples "
         "come from seeds that have nothing in common. The easy-VQA training split, where it is used, is from the PyPI "
         "package. Besides the answers, linear heads that are not shipped had to tell what each patch shows (weight "
-        f"{start['patch_weight']}){whole}. Where a stage is called drop or settle, the vision "
-        "tower stands still and the language model often sees only a part of the visual tokens, or none."
+        f"{start['patch_weight']}){whole}. In all stages but basic, full, more and hires the vision "
+        "tower stands still; in drop and settle the language model often sees a part of the visual tokens, or none."
     )
     spent = _prose(
         f"{minutes:.0f} minutes in all, compilation and validation included, on one GPU: {where}. Prompts are counted "
