@@ -36,8 +36,8 @@ from vtprune.models.pocket.worlds import icl
 SHOTS = (0, 1, 2, 4, 8)
 KEEPS = ("1/3", "2/9", "1/10")
 METHODS = ("random", "divprune", "fastv", "catp")
-#: Prompts that are timed one by one.
-TIMED = 3
+#: Prompts that are timed, one by one.
+TIMED = 1
 
 
 def task(shots: int) -> tasks.Task:

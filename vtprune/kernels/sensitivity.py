@@ -267,7 +267,7 @@ def _change_kernel(  # type: ignore[no-untyped-def]
         acc = tl.zeros([BM, BN], dtype=tl.float32)
         n = row + tl.arange(0, BN)
         for start in range(0, width, BK):
-            # Not through a descriptor: Triton 3.6 refills the tile of one that is no factor of `tl.dot` while it is read.
+            # Not through a descriptor: unless `tl.dot` reads it, Triton 3.6 refills a tile while others still read it.
             t = tl.load(step + direction[:, None] * width + start + k[None, :])
             if TMA:
                 right = outer.load([row, start])
