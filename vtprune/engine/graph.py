@@ -64,8 +64,8 @@ class Unfit(Exception):
 
 
 def bucket(rows: int) -> int:
-    """The captured length that `rows` rows are padded to: multiples of 32, then four to eight lengths per doubling."""
-    step = max(32, (1 << (rows - 1).bit_length()) >> 3)
+    """The captured length that `rows` rows are padded to: multiples of 32, then eight lengths per doubling."""
+    step = max(32, (1 << (rows - 1).bit_length()) >> 4)
     return -(-rows // step) * step
 
 
@@ -327,7 +327,7 @@ class PrefillGraphs:
         elif "forward" in tower.__dict__ or hasattr(tower, "_hf_hook"):
             self.tower_obstacle = "something else has replaced the vision tower's forward"
         else:
-            self.tower_modules = _Modules([tower])
+            self.tower_modules = _Modules([tower], called=tower)
             self.tower_shelf = Shelf(self.device)
             self._wrap(tower, self._tower_forward)
 
@@ -498,7 +498,7 @@ class PrefillGraphs:
         if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
             raise Unfit("autocast, an op counter or another dispatch mode is on")
         ours = {*self.own_hooks(), *(hook.id for hooks in self.tap.hooks.values() for hook in hooks)}
-        self.tower_modules.check(ours, [wrapper for _, wrapper in self.wrapped])
+        self.tower_modules.check(ours)
         wanted = frozenset(self.tap.wanted())
 
         def make() -> Captured:
@@ -527,10 +527,19 @@ class PrefillGraphs:
 
 
 class _Modules:
-    """Modules that a graph stands for, with what must not change about them."""
+    """Modules that a graph stands for, with what must not change about them.
 
-    def __init__(self, roots: list[Any]) -> None:
+    Parameters
+    ----------
+    roots
+        They and all that is in them.
+    called
+        The one whose ``forward`` is wrapped: its own hooks run around the graph.
+    """
+
+    def __init__(self, roots: list[Any], called: Any = None) -> None:
         self.modules = [m for root in roots for m in root.modules()]
+        self.skipped = [m for m in self.modules if m is not called]
         self.children = [(m._modules, n, child) for m in self.modules for n, child in m._modules.items()]
         owned = [(m._parameters, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None]
         self.parameters = [(where, name, p, p.data_ptr()) for where, name, p in owned]
@@ -539,14 +548,14 @@ class _Modules:
     def trains(self) -> bool:
         return any(p.requires_grad for _, _, p, _ in self.parameters)
 
-    def check(self, own: Collection[int], wrappers: Collection[Any] = ()) -> None:
+    def check(self, own: Collection[int]) -> None:
         """Raise `Unfit` where a module, a parameter or its memory was replaced, or something hooked itself in."""
         if any(where.get(name) is not child for where, name, child in self.children):
             raise Unfit("a module of the model was replaced after vtprune was applied; apply it again")
         if any(where.get(name) is not p or p.data_ptr() != at for where, name, p, at in self.parameters):
             raise Unfit("weights of the model were moved after vtprune was applied; apply it again")
-        for module in self.modules:
-            if "forward" in module.__dict__ and not any(module.__dict__["forward"] is w for w in wrappers):
+        for module in self.skipped:
+            if "forward" in module.__dict__:
                 raise Unfit("the forward of a module was replaced")
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in hooks.items():
@@ -625,6 +634,13 @@ def _side_by_side(layer: Any) -> Weights:
     )
 
 
+def empty_cache_for(lm: Any) -> Any:
+    """The cache that a text model makes for itself."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=lm.config)
+
+
 def _cache_for(lm: Any, kw: dict[str, Any]) -> Any:
     """The empty dynamic cache that a prefill fills; None if it is to fill none."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -634,7 +650,7 @@ def _cache_for(lm: Any, kw: dict[str, Any]) -> Any:
         return None
     cache = kw.get("past_key_values")
     if cache is None:
-        cache = DynamicCache(config=lm.config)
+        cache = empty_cache_for(lm)
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         raise Unfit(f"the cache is a {type(cache).__name__}, not a plain dynamic one")
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
