@@ -64,7 +64,8 @@ class NaiveDivPrune(Pruner):
         pools, picks, first = budget.pools(tokens), [], 0
         for length, count in zip(pools.lens, pools.counts, strict=True):
             rows = tokens.features[first : first + length]
-            picks.append(first + naive_max_min(rows, rows[:, 0], count))
+            if count:
+                picks.append(first + naive_max_min(rows, rows[:, 0], count))
             first += length
         return Selection.from_order(torch.cat(picks), tokens)
 
@@ -154,27 +155,48 @@ class Preset:
     keep: float
     label: str
     methods: tuple[str, ...] = HELD_TO
+    neighbours: tuple[str, ...] = (NAIVE, "fastv", MAPS, "downsampled picture")
     graphs: bool = True
-    neighbours: bool = True
     others: bool = False
     seconds: float = 40.0
     new_tokens: int = 8
     flops: bool = True
+    min_runs: int = 10
+    warm_up: int = 3
 
 
 PRESETS = {
     "llava": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", others=True, seconds=30),
-    "llava-batch": Preset("llava-1.5-7b", Case(8, None, 64), 1 / 9, "1/9", graphs=False, neighbours=False, seconds=8),
+    "llava-batch": Preset("llava-1.5-7b", Case(8, None, 64), 1 / 9, "1/9", graphs=False, neighbours=(), seconds=8),
     "next": Preset("llava-next-7b", Case(1, None, 64), 1 / 18, "1/18", seconds=20),
-    "globalcom2": Preset(
-        "llava-next-7b", Case(1, None, 64), 0.1, "1/10", ("globalcom2",), graphs=False, neighbours=False, seconds=4
+    "globalcom2": Preset("llava-next-7b", Case(1, None, 64), 0.1, "1/10", ("globalcom2",), (), graphs=False, seconds=4),
+    "qwen-4k": Preset(
+        "qwen2.5-vl-7b",
+        Case(1, SIZE_4K, 64),
+        1 / 4,
+        "1/4",
+        graphs=False,
+        seconds=10,
+        new_tokens=4,
+        flops=False,
+        min_runs=6,
     ),
-    "qwen-4k": Preset("qwen2.5-vl-7b", Case(1, SIZE_4K, 64), 1 / 4, "1/4", graphs=False, seconds=15, new_tokens=4),
+    # A prefill takes seconds here, and the attention map of a layer more memory than the GPU has.
     "qwen-16k": Preset(
-        "qwen2.5-vl-7b", Case(1, SIZE_16K, 64), 1 / 4, "1/4", graphs=False, seconds=1, new_tokens=0, flops=False
+        "qwen2.5-vl-7b",
+        Case(1, SIZE_16K, 64),
+        1 / 4,
+        "1/4",
+        neighbours=(NAIVE, "downsampled picture"),
+        graphs=False,
+        seconds=1,
+        new_tokens=0,
+        flops=False,
+        min_runs=3,
+        warm_up=1,
     ),
     "variants": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", seconds=6, flops=False, new_tokens=0),
-    "cpu": Preset("pocket-llava", Case(1, None, 64), 1 / 9, "1/9", graphs=False, neighbours=False, seconds=60),
+    "cpu": Preset("pocket-llava", Case(1, None, 64), 1 / 9, "1/9", graphs=False, neighbours=(), seconds=60),
 }
 #: What stands in for a model, and how long it may take, with ``--tiny``.
 TINY = {"llava-1.5-7b": "tiny-llava", "llava-next-7b": "tiny-llava-next", "qwen2.5-vl-7b": "tiny-qwen2.5-vl"}
@@ -192,10 +214,13 @@ def lines_of(model: nn.Module, preset: Preset) -> list[Line]:
 
     lines = [bench.dense(model, inputs), bench.ideal(model, inputs, keep, label)]
     lines += [method(name) for name in preset.methods]
-    if preset.neighbours:
-        lines.append(bench.pruned(model, inputs, PruneConfig("naive-divprune", keep=keep), label, NAIVE))
-        lines += [method("fastv"), map_fastv(model, inputs, keep, label)]
-        lines.append(runner.downsampled(model, case, keep, label))
+    makers = {
+        NAIVE: lambda: bench.pruned(model, inputs, PruneConfig("naive-divprune", keep=keep), label, NAIVE),
+        "fastv": lambda: method("fastv"),
+        MAPS: lambda: map_fastv(model, inputs, keep, label),
+        "downsampled picture": lambda: runner.downsampled(model, case, keep, label),
+    }
+    lines += [makers[name]() for name in preset.neighbours]
     if preset.others:
         lines += [method(name) for name in others(model) if name not in preset.methods]
     if preset.graphs:
@@ -307,13 +332,22 @@ def ratio(over: float | None, under: float | None) -> float:
 
 
 class Table:
-    """A CSV that gets its rows one by one, so that an interrupted run keeps what it has."""
+    """A CSV that gets its rows one by one, so that an interrupted run keeps what it has; and rows of presets that are
+    not run again stay in it."""
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], presets: Sequence[str]) -> None:
         self.path, self.columns = path, columns
         path.parent.mkdir(parents=True, exist_ok=True)
+        stay: list[dict[str, Any]] = []
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                stay = [
+                    row for row in csv.DictReader(file) if row["preset"] not in presets and set(row) == set(columns)
+                ]
         with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerow(columns)
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(stay)
 
     def add(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8", newline="") as file:
@@ -327,7 +361,7 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
     if name == "variants":
         settings = list(variants(model, preset))
     before = graph.Replay.fuses, graph.TUNED_ROWS
-    share = {"new_tokens": preset.new_tokens, "flops": preset.flops}
+    given: dict[str, Any] = {name: getattr(preset, name) for name in ("new_tokens", "flops", "min_runs", "warm_up")}
     for label, prepare, lines in settings:
         prepare()
         # Lines of one device and mode go together: on a CPU they take turns, and graphs are captured once for all.
@@ -342,7 +376,7 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
                     continue
                 seconds = preset.seconds * len(batch) / len(lines)
                 try:
-                    for row in bench.measure(model, preset.model, preset.case, batch, seconds=seconds, **share):
+                    for row in bench.measure(model, preset.model, preset.case, batch, seconds=seconds, **given):
                         add(row)
                 except Exception:
                     print(f"FAILED {name} {[line.method for line in batch]}\n{traceback.format_exc()}", file=sys.stderr)
@@ -369,9 +403,9 @@ def main(arguments: list[str] | None = None) -> int:
     suffix = gpu.lower().replace(" ", "-")
     out = options.out or Path(__file__).parent / "results"
     written = options.commit or commit()
-    rows_file = Table(out / f"endtoend-{suffix}.csv", ["preset", *(f.name for f in fields(Row)), "commit"])
+    rows_file = Table(out / f"endtoend-{suffix}.csv", ["preset", *(f.name for f in fields(Row)), "commit"], names)
     targets_file = Table(
-        out / f"endtoend-targets-{suffix}.csv", ["preset", "what", "value", "goal", "met", "device", "commit"]
+        out / f"endtoend-targets-{suffix}.csv", ["preset", "what", "value", "goal", "met", "device", "commit"], names
     )
 
     with registered():

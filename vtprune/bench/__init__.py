@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed and memory of a pruned model on this machine, from the pixels to the tokens; see docs/bench.md."""
 
+from . import report
 from .runner import Case, Line, Row, amdahl, break_even, dense, ideal, keep_for, measure, pruned, visual_tokens
 from .shapes import PRESETS, build, make_inputs
 
@@ -18,5 +19,6 @@ __all__ = [
     "make_inputs",
     "measure",
     "pruned",
+    "report",
     "visual_tokens",
 ]

@@ -248,6 +248,8 @@ def measure(
     new_tokens: int = 8,
     concurrency: Sequence[int] = (1,),
     flops: bool = True,
+    min_runs: int = MIN_RUNS,
+    warm_up: int = WARM_UP,
 ) -> Iterator[Row]:
     """Measure `lines` and yield their rows, one as soon as it is there.
 
@@ -257,7 +259,7 @@ def measure(
     Parameters
     ----------
     seconds
-        Time for the timed runs of all lines together; each has `MIN_RUNS` of them, whatever they take, and at most
+        Time for the timed runs of all lines together; each has `min_runs` of them, whatever they take, and at most
         `MAX_RUNS`.
     new_tokens
         Decoding steps that are timed; 0: none.
@@ -265,13 +267,15 @@ def measure(
         Beside one request at a time: numbers of threads that send requests to the one model at once.
     flops
         Also count the FLOPs of a prefill.
+    min_runs, warm_up
+        Fewest timed runs of a line, and runs before them; while lines take turns, one run warms up each turn.
     """
     device = find_family(model).model.device
     share = seconds / max(1, len(lines))
     if device.type == "cpu":
         found = [Times() for _ in lines]
         deadline = time.perf_counter() + seconds
-        while len(found[0].runs) < MIN_RUNS or (len(found[0].runs) < MAX_RUNS and time.perf_counter() < deadline):
+        while len(found[0].runs) < min_runs or (len(found[0].runs) < MAX_RUNS and time.perf_counter() < deadline):
             for line, times in zip(lines, found, strict=True):
                 with line.enter() as running:
                     timed_runs(model, running.prefill, times, BURST, warm_up=1)
@@ -293,7 +297,7 @@ def measure(
                 held = False
             with line.enter() as running:
                 if device.type != "cpu":
-                    yield _time_alone(model, name, case, line, running, share, new_tokens, flops)
+                    yield _time_alone(model, name, case, line, running, share, new_tokens, flops, min_runs, warm_up)
                 for threads in at_once:
                     yield _at_once(model, name, case, line, running, threads, share)
 
@@ -307,17 +311,19 @@ def _time_alone(
     seconds: float,
     new_tokens: int,
     flops: bool,
+    min_runs: int,
+    warm_up: int,
 ) -> Row:
     device = find_family(model).model.device
     times = Times()
     with torch.inference_mode():
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             running.prefill()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     energy = Energy(device)
     joules, deadline = energy.read(), time.perf_counter() + seconds
-    while len(times.runs) < MIN_RUNS or (len(times.runs) < MAX_RUNS and time.perf_counter() < deadline):
+    while len(times.runs) < min_runs or (len(times.runs) < MAX_RUNS and time.perf_counter() < deadline):
         timed_runs(model, running.prefill, times, BURST, warm_up=0)
     joules = (energy.read() - joules) / len(times.runs)
     peak = torch.cuda.max_memory_allocated(device) / 2**20
@@ -500,14 +506,14 @@ def break_even(rows: Sequence[Row]) -> list[str]:
 
 def keep_for(
     model: nn.Module, case: Case, config: PruneConfig, target_ms: float, say: Callable[[str], object] = lambda _: None
-) -> tuple[int, float]:
+) -> tuple[int, int, float]:
     """The most tokens a picture may keep so that the first token comes within `target_ms` on this machine.
 
     By bisection over the count; each try is the median of a few prefills.
 
     Returns
     -------
-    kept, milliseconds
+    kept, total, milliseconds
 
     Raises
     ------
@@ -535,7 +541,7 @@ def keep_for(
         )
     whole = median(total)
     if whole <= target_ms:
-        return total, whole
+        return total, total, whole
     low, high, found = 1, total, least  # low meets the target, high does not
     while high - low > max(1, total // 64):
         middle = (low + high) // 2
@@ -544,4 +550,4 @@ def keep_for(
             low, found = middle, took
         else:
             high = middle
-    return low, found
+    return low, total, found

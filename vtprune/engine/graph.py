@@ -195,7 +195,9 @@ class Replay:
     @staticmethod
     def pool_bytes(pool: Any) -> int:
         """Bytes that the allocator holds for a pool."""
-        return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(pool))
+        return sum(
+            s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", ())) == tuple(pool)
+        )
 
 
 @dataclass
