@@ -173,7 +173,7 @@ class Engine:
     def _make_graphs(self) -> None:
         """Make ready to capture, or note why that cannot be. What was captured stays while it is sound."""
         with LOCK:
-            if self.graphs is not None and not self.graphs.sound():
+            if self.graphs is not None and self.graphs.tampered():
                 self.drop_graphs()
             if self.graphs is None:
                 try:
@@ -323,6 +323,8 @@ class Engine:
         """A prompt with pictures, on an empty or a filled cache; False where there is nothing to drop."""
         embeds, job = kw["inputs_embeds"], call.job
         new = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if valid is None else valid
+        if self.graphs is not None and job is not None and job.config.compile is not None:
+            call.tampered = self.graphs.tampered()
         host_new, host_masks, host_ids = probes.to_host(self.family, call.ids, call.masks, new)
         layout = probes.match(call, host_masks)
         if not host_new.reshape(-1)[layout.position].all():

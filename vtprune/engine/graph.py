@@ -338,25 +338,30 @@ class PrefillGraphs:
         module.forward = functools.wraps(original)(functools.partial(forward, original))
         self.wrapped.append((module, module.forward))
 
-    def sound(self) -> bool:
-        """Whether the model is still the one that was captured."""
+    def tampered(self) -> str:
+        """What was done to the decoder, so that a graph would not do what it does; empty where nothing was.
+
+        The engine asks while the GPU still encodes the picture: looking at every module takes the host a while.
+        """
         try:
             self.lm_modules.check(self.own_hooks())
-        except Unfit:
-            return False
-        return True
+        except Unfit as why:
+            return str(why)
+        return ""
 
     def detach(self) -> None:
         """Put everything back; parameters have their own memory again."""
         for module, wrapper in self.wrapped:
             if module.__dict__.get("forward") is wrapper:
                 del module.forward
-        self.wrapped = []
+        self.wrapped, self.layers = [], []
+        for shelf in (self.shelf, *([] if self.tower_obstacle else [self.tower_shelf])):
+            shelf.graphs.clear()
+        self.lm_modules.held.clear()  # or every layer would be held twice below
         for layer in self.family.lm.layers:
             for group in _groups(layer):
                 for parameter in (p for linear in group for p in (linear.weight, linear.bias) if p is not None):
                     parameter.data = parameter.data.clone()
-        self.layers = []
 
     # -- the decoder --------------------------------------------------------------------------------------------------
 
@@ -411,7 +416,8 @@ class PrefillGraphs:
             known = name in _HONOURED or name in _NO_DIFFERENCE or name.startswith("output_")
             if not known and value is not None and value is not False:
                 raise Unfit(f"it does not know the argument {name}")
-        self.lm_modules.check(self.own_hooks())
+        if call.tampered:
+            raise Unfit(call.tampered)
 
     def prefill(self, embeds: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Run the decoder over ``embeds [B, P, D]`` without past, all rows valid.
@@ -500,7 +506,6 @@ class PrefillGraphs:
         if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
             raise Unfit("autocast, an op counter or another dispatch mode is on")
         ours = {*self.own_hooks(), *(hook.id for hooks in self.tap.hooks.values() for hook in hooks)}
-        self.tower_modules.check(ours)
         wanted = frozenset(self.tap.wanted())
 
         def make() -> Captured:
@@ -523,7 +528,10 @@ class PrefillGraphs:
             return pytree.tree_unflatten([next(fresh) if isinstance(x, Tensor) else x for x in leaves], spec)
 
         key = (tuple(pixels.shape), pixels.dtype, wanted, tuple(sorted(given.items(), key=lambda item: item[0])))
+        if key not in self.tower_shelf.graphs:
+            self.tower_modules.check(ours)
         out, captured = self.tower_shelf.run(key, make, lambda static: static.copy_(pixels), take)
+        self.tower_modules.check(ours)  # while the GPU is at it; what it reads is held below, whatever was moved
         self.tap.hand_over(captured)
         return out
 
@@ -545,6 +553,7 @@ class _Modules:
         self.children = [(m._modules, n, child) for m in self.modules for n, child in m._modules.items()]
         owned = [(m._parameters, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None]
         self.parameters = [(where, name, p, p.data_ptr()) for where, name, p in owned]
+        self.held = [p.data for _, _, p in owned]
         self.dtype = self.parameters[0][2].dtype
 
     def trains(self) -> bool:
