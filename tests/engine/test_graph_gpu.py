@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a GPU: CUDA graphs say what the eager model says, one wait for the device per prefill, and no memory beyond dense."""
+"""On a GPU: graphs say what the eager model says, one wait for the device per prefill, no more memory than dense."""
 
 from __future__ import annotations
 
