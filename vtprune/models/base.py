@@ -228,16 +228,20 @@ class Family(ABC):
         rows = rows.view(*hidden.shape[:-1], -1, attention.head_dim)
         norm = getattr(attention, f"{kind}_norm", None)  # Qwen3
         rows = (rows if norm is None else norm(rows)).transpose(1, 2)
-        cos, sin = rotary
-        if cos.ndim == 4:
-            sections = [*self._mrope_section(), *self._mrope_section()]
-            cos, sin = (
-                torch.cat([part[i % 3] for i, part in enumerate(e.split(sections, dim=-1))], -1) for e in (cos, sin)
-            )
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        cos, sin = (e.unsqueeze(1) for e in self.plain_rotary(*rotary))
         half = rows.shape[-1] // 2
         turned = torch.cat([-rows[..., half:], rows[..., :half]], -1)
         return rows * cos + turned * sin
+
+    def plain_rotary(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[B or 1, n, d_h]`` from what the rotary embedding returned, M-RoPE put together."""
+        if cos.ndim == 3:
+            return cos, sin
+        sections = [*self._mrope_section(), *self._mrope_section()]
+        cos, sin = (
+            torch.cat([part[i % 3] for i, part in enumerate(e.split(sections, dim=-1))], -1) for e in (cos, sin)
+        )
+        return cos, sin
 
     def _mrope_section(self) -> list[int]:
         config = self.config.text_config
