@@ -95,7 +95,9 @@ class PruMergePlusPruner(Pruner):
             if k and near:
                 mine, rows = index[first : first + k], slice(start, start + n)
                 unit, _ = reference.unit_rows(tokens.features, start, n)
-                cosine = (unit[mine - start] @ unit.T).masked_fill_(kept[rows] | ~sound[rows], common.NOTHING)
+                cosine = reference.products(unit[mine - start], unit).masked_fill_(
+                    kept[rows] | ~sound[rows], common.NOTHING
+                )
                 like, at = cosine.sort(dim=1, descending=True, stable=True)
                 features = tokens.features[rows].detach().float().masked_fill(~sound[rows, None], 0.0)
                 total = weight[mine]
