@@ -55,7 +55,7 @@ def tokens_of(raw: Tensor, hidden: Tensor, order: Tensor) -> VisualTokens:
 @pytest.mark.parametrize("keep", [0.5, 1 / 9], ids=["half", "ninth"])
 @pytest.mark.parametrize("method", PROJECTOR)
 def test_another_order_of_summation_changes_no_pick(method: str, keep: float, cls: bool) -> None:
-    """Another order of the columns changes no cosine and no length, but the last bits of sums, as another device does."""
+    """Another order of the columns changes no cosine and no length but for the last bits, as another device does."""
     generator = torch.Generator().manual_seed(1)
     for seed in range(3):
         raw = plain_areas(seed)
