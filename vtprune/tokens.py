@@ -58,8 +58,9 @@ CLS_ROW = Probe("cls_row")
 CLS_LOGITS = Probe("cls_row", softmax=False)
 LAST_CLS_LOGITS = Probe("cls_row", layer=-1, softmax=False)
 PRE_PROJECTOR = Probe("pre_projector")
-#: Probes inside the language model.
-LAYER_PROBES = frozenset({"last_query_row", "text_rows", "hidden", "ffn_act"})
+#: Attention rows of decoder layers, and all probes inside the language model.
+ATTENTION_ROWS = frozenset({"last_query_row", "text_rows"})
+LAYER_PROBES = ATTENTION_ROWS | {"hidden", "ffn_act"}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ belong to each pool and `counts` how many each pool may keep. Both are host numb
 device. An op returns ``order``: ``[sum(counts)]`` int64 flat rows, pool after pool, each pool in the order of choice.
 
 Scores are fp32, whatever autocast says. Ties go to the lowest index; rows with NaN or infinite values come last.
-Whatever is summed, cosines above all, is summed in fp64 and then rounded to fp32. In fp32, pairs that are as alike would
+What is summed, cosines above all, is summed in fp64 and then rounded to fp32. In fp32, pairs that are as alike would
 differ by rounding, in another way on each device, and a plain background is full of such pairs: other rows would be
 picked. So picks do not depend on the device, nor on ``torch.set_float32_matmul_precision``.
 """

@@ -27,7 +27,7 @@ class PruMergePlusPruner(Pruner):
     Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025,
     https://arxiv.org/abs/2403.15388. Written from the paper. Deviations:
 
-    - The paper finds its own count (PruMerge: the outliers; PruMerge+ about a quarter). Here the budget is the count,
+    - The paper finds its own count (the outliers; PruMerge+ adds the even sample). Here the budget is the count,
       as where others compare with it: the strongest outliers first, and the even sample fills the rest.
     - Similarity and averages are taken on the rows behind the projector, with the cosine; the paper compares attention
       keys and merges rows before the projector.
