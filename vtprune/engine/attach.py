@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..config import PruneConfig
 from ..errors import ConfigError, InputError, UnsupportedModelError, VTPruneError, VTPruneWarning
 from ..models.base import PIXEL_KEYS, Family
-from ..tokens import LAYER_PROBES, Probe, Stage
+from ..tokens import ATTENTION_ROWS, LAYER_PROBES, Probe, Stage
 from . import layer_probes, probes
 from . import positions as pos
 from .call import Call, Encoded, Job
@@ -153,9 +153,10 @@ class Engine:
             has_probe = self.family.has_layer_probe if probe.name in LAYER_PROBES else self.family.has_probe
             if not has_probe(probe):
                 part = "decoder" if probe.name in LAYER_PROBES else "encoder"
+                has = "cannot give" if probe.name in ATTENTION_ROWS else "does not have"
                 raise UnsupportedModelError(
                     f"method {config.method!r} needs {probe.name!r} of {part} layer {probe.layer}, which this "
-                    f"{self.family.label} {part} does not have; choose another method"
+                    f"{self.family.label} {part} {has}; choose another method"
                     + (" or importance='auto'" if probe.name == "cls_row" else "")
                 )
         budget = config.budget()
@@ -383,6 +384,17 @@ class Engine:
                 f"a {type(call.cache).__name__} has one length for all layers, but pruning inside the language model "
                 "gives each its own; use a dynamic cache, or a method that prunes at the projector"
             )
+        if (away := layer_probes.put_away(call.cache)) and call.job is not None:
+            if call.job.pruner.prune_early_kv:
+                raise InputError(
+                    f"prune_early_kv takes tokens out of caches, which does not work with one that is {away}; leave it "
+                    "off, or use a plain dynamic cache"
+                )
+            if call.past and any(probe.name in ATTENTION_ROWS for probe in call.job.layer_probes):
+                raise InputError(
+                    f"{call.job.config.label!r} reads the keys of earlier turns, which a cache that is {away} does not "
+                    "have at hand; use a plain dynamic cache, or a method that prunes at the projector"
+                )
         if module_checkpoints(self.family.lm):
             raise UnsupportedModelError(
                 "changing the rows inside the language model does not work with gradient checkpointing, which runs "

@@ -271,9 +271,14 @@ def model_card(name: str, log: Sequence[dict[str, Any]], parameters: int, size: 
                 f"{start['check_questions']} questions of each world:"
             )
             scores = f"{_prose(scores)}\n\n{_scores(dense[-1], about.worlds)}"
+    scored = is_finished(log) and "weights" in log[-1]  # the folder's own weights, by `score`
     if "easy-vqa" in about.worlds:
+        which = "all" if scored else "evenly spaced"
+        scores += f"\n\neasy-VQA: {which} questions of the package's test split. Saying always yes would score 0.373."
+    if scored:
         scores += (
-            "\n\neasy-VQA: evenly spaced questions of the package's test split. Saying always yes would score 0.373."
+            f"\n\n`python -m vtprune.models.pocket.score {name}` scores the weights of this folder (SHA-256 "
+            f"`{log[-1]['weights'][:12]}`) again."
         )
     curve = f"Accuracy on validation questions during training:\n\n{_curve(dense, about.worlds)}" if dense else ""
     if dropped:
