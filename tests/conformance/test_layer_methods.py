@@ -456,26 +456,18 @@ class Exact(QuantizedLayer):
 class Away(DynamicCache):
     """Keys and values leave the device as soon as a layer has read them, as those of an offloaded cache do."""
 
-    @property
-    def offloading(self) -> bool:
-        return True
-
-    @offloading.setter
-    def offloading(self, value: bool) -> None:
-        pass
-
-    def prefetch(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def offload(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.offloading, self.host = True, {}
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
-        if len(self.layers) > layer and hasattr(self, "host"):
-            self.layers[layer].keys = self.host.pop(layer)
+        self.offloading = False  # transformers' own needs a GPU
+        if layer in self.host:
+            self.layers[layer].keys = self.host[layer]
         out = super().update(keys, values, layer, *args, **kwargs)
-        self.host = {**getattr(self, "host", {}), layer: self.layers[layer].keys}
+        self.host[layer] = self.layers[layer].keys
         self.layers[layer].keys = self.layers[layer].keys.to("meta")
+        self.offloading = True
         return out
 
 
