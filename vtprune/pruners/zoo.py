@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..budget import Budget
 from ..errors import ConfigError, UnsupportedModelError
-from ..kernels import select
+from ..kernels import reference, select
 from ..kernels import sensitivity as op
 from ..kernels.dispatch import half, resolve
 from ..registry import Pruner, register
@@ -200,7 +200,7 @@ class ZooPruner(Pruner):
         projector, group = tokens.projector, raw.shape[0] // total
         directions = bank(raw.shape[1], self.m, self.seed)[part].to(raw.device, non_blocking=True)
         # In fp64 where rows are fp32: copies then have one sensitivity, and it is the same on every device.
-        dtype = torch.float64 if raw.dtype == torch.float32 else raw.dtype
+        dtype = reference.wide(raw) if raw.dtype == torch.float32 else raw.dtype
         start = 0
         for n in tokens.image_lens:  # image by image, in memory of its own: rounded alike alone and in a batch
             rows = raw[start * group : (start + n) * group].detach().to(dtype, copy=True)
@@ -442,7 +442,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
     ranks = []
     for values in (a[sound], b[sound]):
         _, place, count = values.unique(return_inverse=True, return_counts=True)
-        ranks.append((count.cumsum(0).double() - (count - 1) / 2)[place])
+        ranks.append((count.cumsum(0).to(reference.wide(count)) - (count - 1) / 2)[place])
     x, y = (r - r.mean() for r in ranks)
     scale = float(x.norm() * y.norm())
     return float(x @ y) / scale if scale else math.nan
