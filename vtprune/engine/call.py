@@ -22,6 +22,7 @@ from .report import Trace
 
 if TYPE_CHECKING:
     from .entry import Entry
+    from .probes import Fetched
 
 
 class Encoded(Exception):
@@ -109,6 +110,8 @@ class Call:
         None where only a pruned cache has to be carried on.
     ids, masks, encodings, given
         The prompt, its placeholders by modality, what the encoder did by modality, other arguments of the forward.
+    fetched
+        The prompt on the host.
     labels
         The copy of the labels that the loss will read.
     cache, past, state
@@ -143,6 +146,7 @@ class Call:
     masks: dict[str, Tensor] = field(default_factory=dict)
     encodings: dict[str, Encoding] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
+    fetched: Fetched | None = None
     labels: Tensor | None = None
     cache: Any = None
     past: int = 0
