@@ -285,6 +285,7 @@ class Engine:
             call.ids = ids
             call.given = {k: kw[k] for k in ("second_per_grid_ts", "mm_token_type_ids") if kw.get(k) is not None}
             call.masks = probes.placeholder_masks(self.family, ids, embeds)
+            call.fetched = probes.fetch(ids, kw.get("attention_mask"))
             for modality, out in encoded.items():
                 call.encodings[modality] = probes.encoding_of(modality, out)
                 call.given[f"{modality}_features"] = getattr(out, "pooler_output", None)
@@ -331,7 +332,7 @@ class Engine:
         new = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if valid is None else valid
         if self.graphs is not None and job is not None and job.config.compile is not None:
             call.tampered = self.graphs.tampered()
-        host_new, host_masks, host_ids = probes.to_host(self.family, call.ids, call.masks, new)
+        host_new, host_masks, host_ids = probes.to_host(self.family, call, kw.get("attention_mask"), new)
         layout = probes.match(call, host_masks)
         if not host_new.reshape(-1)[layout.position].all():
             raise InputError("the attention mask hides visual tokens; mask only padding")

@@ -22,6 +22,7 @@ from .report import Trace
 
 if TYPE_CHECKING:
     from .entry import Entry
+    from .probes import Fetched
 
 
 class Encoded(Exception):
@@ -114,6 +115,8 @@ class Call:
         None where only a pruned cache has to be carried on.
     ids, masks, encodings, given
         The prompt, its placeholders by modality, what the encoder did by modality, other arguments of the forward.
+    fetched
+        The prompt on the host.
     labels
         The copy of the labels that the loss will read.
     ahead
@@ -150,6 +153,7 @@ class Call:
     masks: dict[str, Tensor] = field(default_factory=dict)
     encodings: dict[str, Encoding] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
+    fetched: Fetched | None = None
     labels: Tensor | None = None
     ahead: int = 0
     cache: Any = None
