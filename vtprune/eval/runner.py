@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
@@ -10,7 +11,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from ..budget import parse_keep
 from ..compose import parse_keeps, parse_names
 from ..config import PruneConfig
 from ..engine.attach import engine_of
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError, VTPruneError
 from ..models import find_family
 from ..models.base import PIXEL_KEYS, Family
+from . import metrics
 from .controls import CONTROLS, Inputs, blank, downsampled, prepare, thumbnails
 from .table import Row, read, summarise
 from .tasks import Example, Task, get
@@ -89,6 +91,7 @@ class Method:
 
 
 Combination = tuple[Method, str]
+Say = Callable[[str], None]
 
 
 def combinations(methods: Sequence[str], keeps: Sequence[str]) -> list[Combination]:
@@ -174,10 +177,15 @@ def presented(
 
 
 def _answers(
-    family: Family, processor: Any, task: Task, examples: Sequence[Example], wanted: Sequence[Combination]
+    family: Family,
+    processor: Any,
+    task: Task,
+    examples: Sequence[Example],
+    wanted: Sequence[Combination],
+    inputs: Inputs | None = None,
 ) -> Iterator[tuple[Combination, list[str], list[int], list[int]]]:
     """Per combination the answers to one batch, and visual tokens per example before and after pruning."""
-    inputs = prepare(family, processor, examples)
+    inputs = prepare(family, processor, examples) if inputs is None else inputs
     visual = any(key in inputs for key in PIXEL_KEYS)
     full = [0] * len(examples)
 
@@ -197,6 +205,76 @@ def _answers(
     yield from (one(*plan) for plan in wanted if plan[0].name in OWN_PIXELS)
 
 
+#: A combination, the examples that were answered under it, the answers, visual tokens before and after pruning.
+Answered = tuple[Combination, list[Example], list[str], list[int], list[int]]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what went wrong, on a GPU or a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _in_parts(
+    family: Family,
+    processor: Any,
+    task: Task,
+    examples: list[Example],
+    wanted: Sequence[Combination],
+    say: Say,
+    inputs: Inputs | None = None,
+) -> Iterator[Answered]:
+    """As `_answers`; what does not fit into memory is answered in halves, those that were answered already are not."""
+    done: set[tuple[str, str]] = set()
+    try:
+        for (method, keep), *found in _answers(family, processor, task, examples, wanted, inputs):
+            done.add((method.label, keep))
+            yield ((method, keep), examples, *found)  # type: ignore[misc]
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        if len(examples) == 1:
+            raise ConfigError(
+                f"{task.name}: one question ({examples[0].id}) does not fit into memory; use a larger device, a smaller "
+                "model, or a half-precision dtype"
+            ) from error
+    # Out of the handler: its traceback keeps the tensors alive.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    left = [(method, keep) for method, keep in wanted if (method.label, keep) not in done]
+    middle = (len(examples) + 1) // 2
+    say(f"{task.name}: out of memory with {len(examples)} questions, going on with {middle}")
+    for half in (examples[:middle], examples[middle:]):
+        yield from _in_parts(family, processor, task, half, left, say)
+
+
+def _prepared(
+    family: Family, processor: Any, examples: list[Example]
+) -> tuple[list[Example], list[Example], Inputs | None]:
+    """Examples that can be asked, those that cannot (marked so), and the inputs of the first where they are at hand."""
+    broken = [example for example in examples if example.broken]
+    whole = [example for example in examples if not example.broken]
+    try:
+        return whole, broken, prepare(family, processor, whole) if whole else None
+    except VTPruneError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            return whole, broken, None
+        refused = []
+        for example in whole:
+            try:
+                prepare(family, processor, [example])
+            except Exception as own:
+                reason = f"the processor refuses it ({type(own).__name__}: {own})"
+                refused.append(replace(example, broken=reason))
+        if len(refused) == len(whole) > 1:
+            raise error  # this is no matter of one sample
+        names = {example.id for example in refused}
+        return [example for example in whole if example.id not in names], broken + refused, None
+
+
 def run(
     model: Any,
     processor: Any,
@@ -211,7 +289,11 @@ def run(
     batch: int = 25,
     name: str | None = None,
     commit: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
+    shard: tuple[int, int] = (0, 1),
+    elsewhere: Sequence[Row] = (),
+    about: Row | None = None,
+    tick: Callable[[int], None] = lambda _: None,
 ) -> list[Row]:
     """Answer every question of every task under every method and budget, and write one row of JSON for each.
 
@@ -233,13 +315,21 @@ def run(
     split, count, seed
         Which questions, and how many of each task. The test split is for final tables, not for choices.
     batch
-        Questions that are encoded and answered together.
+        Questions that are encoded and answered together; halved where memory runs out.
     name
         Name of the model in the file; default where it was loaded from.
     commit
         Commit of the code; default asks git.
     say
         Is told of progress, one line at a time.
+    shard
+        ``(i, n)``: answer only the batches number i, i + n, i + 2n, ...; other processes answer the rest.
+    elsewhere
+        Answers in other files, which are not asked for again.
+    about
+        What `provenance` returns, where it is known already.
+    tick
+        Is told how many answers are there, as they come; those of earlier runs included.
 
     Returns
     -------
@@ -250,6 +340,8 @@ def run(
     ------
     ConfigError
         Something cannot be used, or `out` was written with another model, device or version.
+    InputError
+        Two questions of a task have the same id, or one has no answer.
     """
     out = Path(out)
     family = find_family(model)
@@ -260,7 +352,7 @@ def run(
         raise ConfigError(f"count={count} and batch={batch} must be at least 1")
     asked = [{"task": task.name, "split": split, "count": count, "seed": seed} for task in chosen]
     header = {
-        **provenance(model, name, commit),
+        **(about or provenance(model, name, commit)),
         "batch": batch,
         "split": split,
         "seed": seed,
@@ -268,34 +360,62 @@ def run(
         "methods": [*methods],
         "keeps": [*keeps],
     }
-    headers, rows = _resume(out, header)
-    done = {(row["task"], row["method"], row["keep"], row["id"]) for row in rows}
+    headers, rows = resume(out, header)
+    done = {(row["task"], row["method"], row["keep"], row["id"]) for row in [*rows, *elsewhere]}
     with out.open("a", encoding="utf-8") as file:
         if header not in headers:
-            _write(file, [header])
+            write(file, [header])
         for task in chosen:
             asked_so_far = 0
-            for examples in _batches(task.examples(split, count, seed), batch):
+            drafts = unique((task.drafts or task.examples)(split, count, seed), task.name)
+            for number, examples in enumerate(_batches(drafts, batch)):
                 asked_so_far += len(examples)
+                if number % shard[1] != shard[0]:
+                    continue
                 missing = {
                     (method.label, keep): {e.id for e in examples if (task.name, method.label, keep, e.id) not in done}
                     for method, keep in wanted
                 }
+                tick(len(wanted) * len(examples) - sum(map(len, missing.values())))
                 # A batch that lacks a row is run as a whole: its padding, and so its numbers, stay the same. (The last
                 # batch of a run is an exception when the next run asks more questions.)
                 todo = [(method, keep) for method, keep in wanted if missing[method.label, keep]]
                 if not todo:
                     continue
                 say(f"{task.name}: {asked_so_far} of {count}")
-                for (method, keep), given, full, kept in _answers(family, processor, task, examples, todo):
+                whole, broken, inputs = _prepared(family, processor, [example.ready() for example in examples])
+                nothing = [0] * len(broken), [0] * len(broken)
+                found: Iterator[Answered] = ((plan, broken, [""] * len(broken), *nothing) for plan in todo if broken)
+                if whole:
+                    found = itertools.chain(found, _in_parts(family, processor, task, whole, todo, say, inputs))
+                for (method, keep), those, given, full, kept in found:
                     new = [
                         _row(example, method, keep, text, before, after)
-                        for example, text, before, after in zip(examples, given, full, kept, strict=True)
+                        for example, text, before, after in zip(those, given, full, kept, strict=True)
                         if example.id in missing[method.label, keep]
                     ]
-                    _write(file, new)
+                    write(file, new)
                     rows += new
+                    tick(len(new))
     return rows
+
+
+def unique(examples: Iterator[Example], task: str) -> Iterator[Example]:
+    """The same examples.
+
+    Raises
+    ------
+    InputError
+        Two have one id, so that their answers could not be told apart; or one has no answer.
+    """
+    seen = set()
+    for example in examples:
+        if example.id in seen:
+            raise InputError(f"{task} has two questions with the id {example.id!r}; ids must be unique")
+        if not any(answer.strip() for answer in metrics.all_answers(example)):
+            raise InputError(f"{task}: question {example.id!r} has an empty answer; leave it out, or give the answer")
+        seen.add(example.id)
+        yield example
 
 
 def _check_splits(chosen: Sequence[Task], split: str) -> None:
@@ -310,6 +430,8 @@ def _batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
 
 
 def _row(example: Example, method: Method, keep: str, given: str, before: int, after: int) -> Row:
+    value = metrics.score(given, example)
+    beside = {"answers": list(example.answers), "group": example.group, "error": example.broken}
     return {
         "type": "answer",
         "task": example.task,
@@ -320,18 +442,21 @@ def _row(example: Example, method: Method, keep: str, given: str, before: int, a
         "kind": example.kind,
         "answer": example.answer,
         "prediction": given,
-        "correct": given == example.answer,
+        "correct": value >= 1,
+        "score": value,
+        "metric": example.metric,
         "tokens_in": before,
         "tokens_out": after,
+        **{key: text for key, text in beside.items() if text},
     }
 
 
-def _write(file: Any, rows: Sequence[Row]) -> None:
+def write(file: Any, rows: Sequence[Row]) -> None:
     file.writelines(json.dumps(row) + "\n" for row in rows)
     file.flush()
 
 
-def _resume(out: Path, header: Row) -> tuple[list[Row], list[Row]]:
+def resume(out: Path, header: Row, fixed: Sequence[str] = FIXED) -> tuple[list[Row], list[Row]]:
     """What the file holds. A last line that was cut off is taken away."""
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; give a file for the results")
@@ -340,6 +465,9 @@ def _resume(out: Path, header: Row) -> tuple[list[Row], list[Row]]:
     if not out.exists():
         return [], []
     whole = out.read_bytes()
+    if b"\n" not in whole and b'{"type": "run"'.startswith(whole[:14]):
+        out.write_bytes(b"")  # killed before its first line was whole
+        return [], []
     if whole and not whole.startswith(b'{"type": "run"'):
         raise ConfigError(f"{out} is not a file of results, and is left as it is; choose another file")
     headers, rows = read(out)
@@ -348,7 +476,7 @@ def _resume(out: Path, header: Row) -> tuple[list[Row], list[Row]]:
         with out.open("r+b") as file:
             file.truncate(end)
     for old in headers:
-        for key in FIXED:
+        for key in fixed:
             if old.get(key) != header[key]:
                 raise ConfigError(
                     f"{out} was written with {key}={old.get(key)!r}, this run has {header[key]!r}; choose another file"
@@ -378,6 +506,8 @@ def weights_sha256(model: Any) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
+        if value.device.type == "meta":  # offloaded by accelerate: its bytes are not at hand
+            return "offloaded"
         digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 

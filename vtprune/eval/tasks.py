@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..registry import nearest
 
 if TYPE_CHECKING:
@@ -38,7 +38,19 @@ class Example:
         ``{"type": "text", "text": str}``, ``{"type": "image", "image": PIL.Image}``, or
         ``{"type": "video", "video": [PIL.Image, ...], "fps": float}``. Demonstrations are earlier turns.
     answer
-        What the decoded and stripped output must equal.
+        What the decoded and stripped output must equal; of other metrics, the answer to show.
+    answers
+        All accepted answers, those of ten people for example; default `answer` alone.
+    metric
+        How an answer is scored; a name in `metrics.METRICS`.
+    group
+        Questions that are scored together, such as the two that MME asks about a picture.
+    choices
+        Texts of the options A, B, C, ... of a multiple-choice question.
+    broken
+        Why the question cannot be asked, such as a picture that cannot be read. It is counted, and never right.
+    draw
+        Makes the messages; see `ready`. A question that is passed over costs nothing then.
     """
 
     task: str
@@ -46,6 +58,21 @@ class Example:
     kind: str
     messages: tuple[Message, ...]
     answer: str
+    answers: tuple[str, ...] = ()
+    metric: str = "exact"
+    group: str = ""
+    choices: tuple[str, ...] = ()
+    broken: str = ""
+    draw: Callable[[], tuple[Message, ...]] | None = field(default=None, compare=False)
+
+    def ready(self) -> Example:
+        """The example with its pictures drawn or read; `broken` says so where that cannot be done."""
+        if self.draw is None:
+            return self
+        try:
+            return replace(self, messages=self.draw(), draw=None)
+        except InputError as error:
+            return replace(self, broken=str(error), draw=None)
 
     def parts(self, kind: str) -> list[dict[str, Any]]:
         """Parts of one type (``"text"``, ``"image"``, ``"video"``) in order."""
@@ -87,12 +114,18 @@ class Task:
         Longest answer, its end included.
     splits
         What `split` may be.
+    drafts
+        The same as `examples`, but of examples that draw their pictures when they are asked to (`Example.ready`).
+    kinds
+        Names of the kinds where they take turns, so that count = n * len(kinds) means n of each.
     """
 
     name: str
     examples: Callable[[str, int, int], Iterator[Example]]
     max_new_tokens: int = 8
     splits: tuple[str, ...] = ("train", "val", "test")
+    drafts: Callable[[str, int, int], Iterator[Example]] | None = None
+    kinds: tuple[str, ...] = ()
 
 
 def register(task: Task) -> Task:
@@ -138,23 +171,36 @@ def assistant(text: str) -> Message:
 
 
 def _pocket_example(task: str, dialogue: Dialogue) -> Example:
-    from ..models.pocket.data import render
-    from ..models.pocket.qwen import FPS
+    def draw() -> tuple[Message, ...]:
+        from ..models.pocket.data import render
+        from ..models.pocket.qwen import FPS
 
-    messages = []
-    for turn in dialogue.turns:
-        pictures = [render(scene) for scene in turn.pictures]
-        shown: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-        if turn.clip:
-            shown = [{"type": "video", "video": pictures, "fps": FPS}]
-        messages += [user(*shown, {"type": "text", "text": turn.question.text}), assistant(turn.question.answer)]
-    return Example(task, dialogue.key, dialogue.kind, tuple(messages[:-1]), dialogue.answer)
+        messages = []
+        for turn in dialogue.turns:
+            pictures = [render(scene) for scene in turn.pictures]
+            shown: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+            if turn.clip:
+                shown = [{"type": "video", "video": pictures, "fps": FPS}]
+            messages += [user(*shown, {"type": "text", "text": turn.question.text}), assistant(turn.question.answer)]
+        return tuple(messages[:-1])
+
+    return Example(task, dialogue.key, dialogue.kind, (), dialogue.answer, draw=draw)
 
 
-def _pocketvqa(world: str) -> Task:
-    name = f"pocketvqa/{world}"
+def drawn(drafts: Callable[[str, int, int], Iterator[Example]]) -> Callable[[str, int, int], Iterator[Example]]:
+    """The same examples with their pictures drawn."""
 
     def examples(split: str, count: int, seed: int) -> Iterator[Example]:
+        for example in drafts(split, count, seed):
+            yield example.ready()
+
+    return examples
+
+
+def _pocketvqa(world: str, kinds: tuple[str, ...]) -> Task:
+    name = f"pocketvqa/{world}"
+
+    def drafts(split: str, count: int, seed: int) -> Iterator[Example]:
         from ..models.pocket.worlds import exam
 
         try:
@@ -163,7 +209,7 @@ def _pocketvqa(world: str) -> Task:
         except ValueError as error:  # an unknown split
             raise ConfigError(f"{name}: {error}") from None
 
-    return Task(name, examples)
+    return Task(name, drawn(drafts), drafts=drafts, kinds=kinds)
 
 
 def _easyvqa(split: str, count: int, seed: int) -> Iterator[Example]:
@@ -181,6 +227,16 @@ def _easyvqa(split: str, count: int, seed: int) -> Iterator[Example]:
         yield Example("easy-vqa", f"easy-vqa/{split}/{index}", kind, (message,), answer)
 
 
-for _world in ("basic", "extended", "clutter", "hires", "pair", "icl", "video"):
-    register(_pocketvqa(_world))
+#: Kinds of question in each world of PocketVQA (`worlds.WORLDS`, which takes a second to import).
+POCKETVQA = {
+    "basic": ("exist", "color", "shape", "count", "where", "ocr"),
+    "extended": ("relation", "name", "conjunction"),
+    "clutter": ("clutter-exist", "clutter-color", "clutter-shape", "clutter-count", "clutter-where", "clutter-ocr"),
+    "hires": ("hires-ocr", "hires-shape", "hires-where"),
+    "pair": ("pair-color", "pair-shape", "pair-count", "pair-ocr"),
+    "icl": ("icl",),
+    "video": ("motion", "order", "tally", "flash"),
+}
+for _world, _kinds in POCKETVQA.items():
+    register(_pocketvqa(_world, _kinds))
 register(Task("easy-vqa", _easyvqa, splits=("train", "test")))
