@@ -13,7 +13,6 @@ import json
 import re
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -251,7 +250,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Another seed gives other questions.")] = 0,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Questions that are answered together.", show_default="found by itself; 25 for a file"),
+        typer.Option(
+            min=1, help="Questions that are answered together.", show_default="found by itself; 25 for a file"
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda:0; auto: spread over all GPUs.", show_default=False)

@@ -37,7 +37,12 @@ _IRREGULAR = {
     "let's": "let's", "she's": "she's", "notve": "not've", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at",
     "'ow'sat": "'ow's'at", "somebody'd": "somebodyd", "somebodys": "somebody's", "twas": "'twas",
 }  # fmt: skip
-NUMBERS = {word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS = {
+    word: str(value)
+    for value, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+}
 NUMBERS["none"] = "0"
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")

@@ -47,7 +47,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Axis:
-    """Numbers along one side; by their logarithm where they span more than a factor of four."""
+    """Numbers along one side; costs by their logarithm where they span more than a factor of four."""
 
     low: float
     high: float
@@ -73,10 +73,11 @@ class Axis:
         return [step * n for n in range(math.ceil(self.low / step), math.floor(self.high / step + 1e-9) + 1)]
 
 
-def _axis(values: Sequence[float], start: float, end: float, label: str, show: Callable[[float], str]) -> Axis:
+def _axis(
+    values: Sequence[float], start: float, end: float, label: str, show: Callable[[float], str], log: bool = False
+) -> Axis:
     low, high = min(values), max(values)
-    log = low > 0 and high / low > 4
-    if log:
+    if log and low > 0 and high / low > 4:
         return Axis(low / 1.12, high * 1.12, start, end, True, label, show)
     pad = 0.06 * ((high - low) or max(abs(high), 1))
     return Axis(max(0.0, low - pad) if low >= 0 else low - pad, high + pad, start, end, False, label, show)
@@ -96,7 +97,6 @@ def chart(title: str, rows: Sequence[Row], cost: str, score: str, label: str, wh
     label, what
         Under the x axis, and beside the y axis.
     """
-    percent = score != "score_raw"
     flat = [row for row in rows if row["method"] in (*REFERENCES,) and row["method"] != "downsample"]
     lines: dict[str, list[Row]] = {}
     for row in rows:
@@ -110,8 +110,9 @@ def chart(title: str, rows: Sequence[Row], cost: str, score: str, label: str, wh
         xs.append(dense[cost])
     shown = [row for row in flat if row.get(score) is not None]
     ys = [row[score] for own in lines.values() for row in own] + [row[score] for row in shown]
-    x = _axis(xs, LEFT, WIDTH - RIGHT, label, lambda v: f"{v:g}" if cost.endswith(("ms", "out")) else f"{100 * v:g} %")
-    y = _axis(ys, HEIGHT - BOTTOM, TOP, what, lambda v: f"{100 * v:.0f}" if percent else f"{v:g}")
+    absolute = cost.endswith(("ms", "out"))
+    x = _axis(xs, LEFT, WIDTH - RIGHT, label, lambda v: f"{v:.3g}" if absolute else f"{100 * v:.3g} %", True)
+    y = _axis(ys, HEIGHT - BOTTOM, TOP, what, lambda v: f"{100 * v:.0f}")
     marks = [Mark("text", ((LEFT, 18),), INK, 13, text=title)]
     for value in y.ticks():
         marks.append(Mark("line", ((LEFT, y.at(value)), (WIDTH - RIGHT, y.at(value))), GRID))
@@ -121,16 +122,14 @@ def chart(title: str, rows: Sequence[Row], cost: str, score: str, label: str, wh
         at = (x.at(value), HEIGHT - BOTTOM + 16)
         marks.append(Mark("text", (at,), FAINT, 11, text=x.show(value), anchor="middle"))
     middle = ((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8)
-    marks.append(Mark("text", (middle,), FAINT, 11, text=f"{label}  ({what} upwards, %)", anchor="middle"))
+    marks.append(Mark("text", (middle,), FAINT, 11, text=f"{label}  (upwards: {what}, %)", anchor="middle"))
     taken: list[tuple[float, float, float, float]] = []
     ends: list[tuple[float, str, str, str]] = []
     for row in shown:
         at = y.at(row[score])
         ink = INK if row["method"] == "dense" else FAINT
         tip = f"{row['method']}: {100 * row[score]:.1f}"
-        marks.append(
-            Mark("line", ((LEFT, at), (WIDTH - RIGHT, at)), ink, 1, True, text=tip, method=row["method"])
-        )
+        marks.append(Mark("line", ((LEFT, at), (WIDTH - RIGHT, at)), ink, 1, True, text=tip, method=row["method"]))
         ends.append((at, row["method"], ink, row["method"]))
     points = [(row[cost], row[score]) for own in lines.values() for row in own if row["method"] != "downsample"]
     owners = [row for own in lines.values() for row in own if row["method"] != "downsample"]
@@ -153,11 +152,13 @@ def chart(title: str, rows: Sequence[Row], cost: str, score: str, label: str, wh
         steps += [(point[0], steps[-1][1])] if steps else []
         steps.append(point)
     marks.append(Mark("line", tuple(steps), FRONT, 2.4, method="front"))
-    for at in front:
+    named = set()
+    for at in reversed(front):
         point = (x.at(points[at][0]), y.at(points[at][1]))
         name = owners[at]["method"]
         marks.append(Mark("dot", (point,), color[name], 4.5, text=f"{name}, keep {owners[at]['keep']}", method=name))
-        marks += _label(name, point, color[name], taken)
+        marks += _label(name, point, color[name], taken) if name not in named else []
+        named.add(name)
     for name in FIXED:
         if name in lines and name not in leaders:
             last = max(lines[name], key=lambda row: row[cost])
@@ -180,10 +181,8 @@ def _label(
     width = 6.1 * len(name)
     for dx, dy in ((-width - 6, -7), (-width / 2, -11), (7, 14), (-width - 6, 14), (7, -9), (-width / 2, 22)):
         box = (point[0] + dx, point[1] + dy - 10, point[0] + dx + width, point[1] + dy + 2)
-        inside = LEFT <= box[0] and box[2] <= WIDTH - 4 and TOP - 8 <= box[1] and box[3] <= HEIGHT - BOTTOM
-        if inside and not any(
-            box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
-        ):
+        inside = box[0] >= LEFT and box[2] <= WIDTH - 4 and box[1] >= TOP - 8 and box[3] <= HEIGHT - BOTTOM
+        if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
             taken.append(box)
             return [Mark("text", ((box[0], point[1] + dy),), color, 11, text=name, method=name)]
     return []
@@ -298,7 +297,7 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
         f'<tr data-m="{html.escape(method)}"{" class=ref" if method in REFERENCES else ""}>{"".join(cells)}</tr>'
         for method, cells in rows
     )
-    return f'<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _percent(value: float | None, sign: str = "") -> str:

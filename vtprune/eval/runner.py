@@ -9,6 +9,7 @@ import itertools
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -293,6 +294,7 @@ def run(
     shard: tuple[int, int] = (0, 1),
     elsewhere: Sequence[Row] = (),
     about: Row | None = None,
+    until: float = float("inf"),
     tick: Callable[[int], None] = lambda _: None,
 ) -> list[Row]:
     """Answer every question of every task under every method and budget, and write one row of JSON for each.
@@ -328,6 +330,8 @@ def run(
         Answers in other files, which are not asked for again.
     about
         What `provenance` returns, where it is known already.
+    until
+        Begin no batch after this time (of `time.time`).
     tick
         Is told how many answers are there, as they come; those of earlier runs included.
 
@@ -380,7 +384,7 @@ def run(
                 # A batch that lacks a row is run as a whole: its padding, and so its numbers, stay the same. (The last
                 # batch of a run is an exception when the next run asks more questions.)
                 todo = [(method, keep) for method, keep in wanted if missing[method.label, keep]]
-                if not todo:
+                if not todo or time.time() > until:
                     continue
                 say(f"{task.name}: {asked_so_far} of {count}")
                 whole, broken, inputs = _prepared(family, processor, [example.ready() for example in examples])

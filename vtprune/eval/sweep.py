@@ -28,6 +28,7 @@ import torch
 from ..errors import ConfigError, VTPruneError, VTPruneWarning
 from ..models import find_family
 from ..models.llava_next import LlavaNext
+from ..models.loading import EMBEDDED
 from ..registry import methods as known_methods
 from . import cost, runner
 from .controls import prepare
@@ -44,7 +45,7 @@ EXAMS = {
     "pocket-qwen2.5-vl": ("basic", "extended", "clutter", "hires", "pair", "video", "easy-vqa"),
 }
 #: Questions that are answered together, at most, and visual tokens of them on a CPU.
-MOST, CPU_TOKENS = 96, 12_000
+MOST, CPU_TOKENS = 48, 12_000
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,12 @@ def refused(model: Any, label: str, keep: str) -> str:
             with using(model, method.config(keep)):
                 return ""
     except VTPruneError as error:
-        return str(error)
+        return _without_paths(error)
+
+
+def _without_paths(error: object) -> str:
+    """What an error says, without where this package lies."""
+    return " ".join(str(error).split()).replace(f"{EMBEDDED}{os.sep}", "")
 
 
 def _serves(model: Any, processor: Any, task: Task, example: Any, methods: Sequence[str], keep: str) -> dict[str, str]:
@@ -226,7 +232,7 @@ def _serves(model: Any, processor: Any, task: Task, example: Any, methods: Seque
                 with runner.presented(family, processor, [example], inputs, method, own) as (given, _):
                     runner.generate(model, processor, given, 1)
         except (VTPruneError, VTPruneWarning) as error:
-            failed[label] = str(error)
+            failed[label] = _without_paths(error)
     return failed
 
 
@@ -343,9 +349,16 @@ def _measure(
 
 
 def answer(
-    request: Request, plan: Row, folder: Path, shard: tuple[int, int], say: Say, tick: Callable[[int], None]
+    request: Request,
+    plan: Row,
+    folder: Path,
+    shard: tuple[int, int],
+    until: float,
+    say: Say,
+    tick: Callable[[int], None],
 ) -> None:
     """Answer this process's share of the questions of every model and task."""
+    batches = 0  # of the tasks before: the first batches of all tasks are not for one process
     for name in request.models:
         model, processor = load_model(name, request)
         about = runner.provenance(model, name)
@@ -357,9 +370,11 @@ def answer(
             runner.run(
                 *(model, processor, [task], entry["methods"], entry["keeps"], own),
                 **{key: entry[key] for key in ("split", "count", "batch")},
-                **{"seed": request.seed, "about": about, "shard": shard, "elsewhere": beside},
+                **{"seed": request.seed, "about": about, "elsewhere": beside, "until": until},
+                **{"shard": ((shard[0] - batches) % shard[1], shard[1])},
                 **{"say": lambda text, name=name: say(f"{name}, {text}"), "tick": tick},
             )
+            batches += -(-entry["count"] // entry["batch"])
         del model, processor
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -385,6 +400,7 @@ def sweep(
     folder: str | Path,
     *,
     workers: int = 1,
+    minutes: float = float("inf"),
     say: Say = lambda _: None,
     begin: Callable[[int], None] = lambda _: None,
     tick: Callable[[int], None] = lambda _: None,
@@ -403,6 +419,8 @@ def sweep(
         The board; made if it is not there.
     workers
         Processes beside each other on one device; small models leave a GPU idle alone.
+    minutes
+        Begin no batch of questions after this time; the next call goes on.
     say, begin, tick
         Are told what is going on, how many answers there will be, and how many came.
     wait
@@ -420,7 +438,7 @@ def sweep(
     VTPruneError
         A worker failed; what the others answered is on the board.
     """
-    folder = Path(folder)
+    folder, until = Path(folder), time.time() + 60 * minutes
     request.check()
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; a board is a folder")
@@ -433,14 +451,14 @@ def sweep(
         plan = _wait_for_plan(request, folder, wait)
     begin(total(request, plan) // world)
     if workers == 1:
-        answer(request, plan, folder, (rank, world), say, tick)
+        answer(request, plan, folder, (rank, world), until, say, tick)
         return folder
     context = multiprocessing.get_context("spawn")
     counts = context.Queue()
     shards = [(rank * workers + i, world * workers) for i in range(workers)]
     threads = max(1, (os.cpu_count() or workers) // workers)
     started = [
-        context.Process(target=_work, args=(request, plan, folder, shard, counts, threads), daemon=True)
+        context.Process(target=_work, args=(request, plan, folder, shard, until, counts, threads), daemon=True)
         for shard in shards
     ]
     for process in started:
@@ -465,11 +483,13 @@ def sweep(
     return folder
 
 
-def _work(request: Request, plan: Row, folder: Path, shard: tuple[int, int], counts: Any, threads: int) -> None:
+def _work(
+    request: Request, plan: Row, folder: Path, shard: tuple[int, int], until: float, counts: Any, threads: int
+) -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     try:
-        answer(request, plan, folder, shard, partial(_tell, counts), counts.put)
+        answer(request, plan, folder, shard, until, partial(_tell, counts), counts.put)
     except Exception:
         counts.put(f"process {shard[0]} failed: {traceback.format_exc()}")
         counts.close()

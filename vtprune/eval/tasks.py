@@ -239,4 +239,4 @@ POCKETVQA = {
 }
 for _world, _kinds in POCKETVQA.items():
     register(_pocketvqa(_world, _kinds))
-register(Task("easy-vqa", _easyvqa, splits=("train", "test")))
+register(Task("easy-vqa", _easyvqa, splits=("train", "test"), kinds=("yes or no", "color", "shape")))
