@@ -259,6 +259,8 @@ def score(given: str, example: Example) -> float:
     ConfigError
         The example's metric is unknown.
     """
+    if example.scorer is not None:
+        return example.scorer(given) if given.strip() and not example.broken else 0.0
     if example.metric not in METRICS:
         raise ConfigError(
             f"unknown metric {example.metric!r}{nearest(example.metric, list(METRICS))}; known: {', '.join(METRICS)}"

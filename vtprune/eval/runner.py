@@ -7,6 +7,7 @@ import gc
 import hashlib
 import itertools
 import json
+import operator
 import platform
 import subprocess
 import time
@@ -21,13 +22,14 @@ import transformers
 
 from .. import __version__
 from ..api import encode, make_config, report, using
-from ..budget import parse_keep
+from ..budget import Budget, parse_keep
 from ..compose import parse_keeps, parse_names
 from ..config import PruneConfig
 from ..engine.attach import engine_of
 from ..errors import ConfigError, InputError, VTPruneError
 from ..models import find_family
 from ..models.base import PIXEL_KEYS, Family
+from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 from . import metrics
 from .controls import CONTROLS, Inputs, blank, downsampled, prepare, thumbnails
 from .table import Row, read, summarise
@@ -133,6 +135,49 @@ def encode_once(model: Any) -> Iterator[None]:
             yield
 
 
+class Remembered:
+    """A pruner whose order of choice is kept: a smaller budget takes the beginning of it, and nothing is chosen again.
+
+    For methods that order all tokens (`Pruner.ordered`): their K-selection is a prefix of the (K+1)-selection, pool by
+    pool. Only for one batch of tokens, and one method with its options.
+
+    Parameters
+    ----------
+    pruner
+        The method.
+    memory
+        Pools and picks of the largest budget so far; empty at first, and shared between budgets.
+    """
+
+    def __init__(self, pruner: Any, memory: dict[str, Any]) -> None:
+        self.pruner, self.memory = pruner, memory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pruner, name)
+
+    def select(self, tokens: VisualTokens, budget: Budget, stage: Stage) -> Selection:
+        """As the pruner itself would."""
+        pools, old = budget.pools(tokens), self.memory.get("pools")
+        if old is None or old.lens != pools.lens or any(map(operator.gt, pools.counts, old.counts)):
+            chosen: Selection = self.pruner.select(tokens, budget, stage)
+            if chosen.order is not None and chosen.features is None:
+                self.memory.update(pools=pools, chosen=chosen)
+            return chosen
+        starts = itertools.accumulate([0, *old.counts[:-1]])
+        rows = [torch.arange(start, start + count) for start, count in zip(starts, pools.counts, strict=True)]
+        chosen = self.memory["chosen"]
+        order = chosen.order[torch.cat(rows).to(chosen.order.device)]
+        return Selection.from_order(order, tokens, **chosen.info)
+
+
+def _remember(family: Family, memory: dict[str, Any]) -> None:
+    """Let the method that is on the model go on from what it chose before, if it can."""
+    engine = engine_of(family)
+    job = engine.active_job() if engine is not None else None
+    if job is not None and job.stages == (PROJECTOR,) and job.pruner.ordered and not job.pruner.adaptive:
+        job.pruner = Remembered(job.pruner, memory)  # type: ignore[assignment]
+
+
 def generate(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int) -> list[str]:
     """Greedy answers, decoded and stripped."""
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
@@ -142,7 +187,13 @@ def generate(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int) ->
 
 @contextmanager
 def presented(
-    family: Family, processor: Any, examples: Sequence[Example], inputs: Inputs, method: Method, keep: str
+    family: Family,
+    processor: Any,
+    examples: Sequence[Example],
+    inputs: Inputs,
+    method: Method,
+    keep: str,
+    memory: dict[str, Any] | None = None,
 ) -> Iterator[tuple[Inputs, list[int] | None]]:
     """Within this block, what the model makes of the yielded inputs is its answer under a method or a control.
 
@@ -154,6 +205,8 @@ def presented(
         What `controls.prepare` made of them.
     method, keep
         One of `combinations`.
+    memory
+        What the method chose from these very inputs at other budgets (see `Remembered`).
 
     Yields
     ------
@@ -174,6 +227,8 @@ def presented(
             yield small
     else:
         with using(family.model, method.config(keep)):
+            if memory is not None:
+                _remember(family, memory)
             yield inputs, None
 
 
@@ -189,9 +244,11 @@ def _answers(
     inputs = prepare(family, processor, examples) if inputs is None else inputs
     visual = any(key in inputs for key in PIXEL_KEYS)
     full = [0] * len(examples)
+    memories: dict[str, dict[str, Any]] = {}
 
     def one(method: Method, keep: str) -> tuple[Combination, list[str], list[int], list[int]]:
-        with presented(family, processor, examples, inputs, method, keep) as (given, tokens):
+        memory = memories.setdefault(method.label, {})
+        with presented(family, processor, examples, inputs, method, keep, memory) as (given, tokens):
             texts = generate(family.model, processor, given, task.max_new_tokens)
             if tokens is None and visual and method.name not in CONTROLS:
                 tokens = [0] * len(examples)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,8 @@ class Example:
         Why the question cannot be asked, such as a picture that cannot be read. It is counted, and never right.
     draw
         Makes the messages; see `ready`. A question that is passed over costs nothing then.
+    scorer
+        Scores an answer in place of the metric, whose name is a label then.
     """
 
     task: str
@@ -64,6 +67,7 @@ class Example:
     choices: tuple[str, ...] = ()
     broken: str = ""
     draw: Callable[[], tuple[Message, ...]] | None = field(default=None, compare=False)
+    scorer: Callable[[str], float] | None = field(default=None, compare=False)
 
     def ready(self) -> Example:
         """The example with its pictures drawn or read; `broken` says so where that cannot be done."""
@@ -148,16 +152,25 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Task:
-    """The task of that name.
+    """The task of that name; ``format:folder`` is opened (see `local`), and ``lmms:name`` asked of lmms-eval.
 
     Raises
     ------
     ConfigError
-        There is none.
+        There is none, or its files are not as they should be.
     """
+    if name not in _TASKS and ":" in name:
+        return _open(name)
     if name not in _TASKS:
         raise ConfigError(f"unknown task {name!r}{nearest(name, names())}; known tasks: {', '.join(names())}")
     return _TASKS[name]
+
+
+@functools.lru_cache(maxsize=32)
+def _open(name: str) -> Task:
+    from . import lmms, local
+
+    return lmms.open_task(name) if name.startswith(lmms.PREFIX) else local.open_task(name)
 
 
 def user(*parts: dict[str, Any]) -> Message:
