@@ -229,7 +229,7 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="pocketvqa/basic, pope:FOLDER, lmms:NAME, ...; a,b or repeated; a wrong name lists them all; all: what "
+            help="pocketvqa/basic, pope:FOLDER, lmms:NAME, ...; a,b or repeated; a wrong name lists them; all: what "
             "a pocket model was trained for.",
             show_default=False,
         ),
@@ -250,9 +250,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Another seed gives other questions.")] = 0,
     batch: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Questions that are answered together.", show_default="found by itself; 25 for a file"
-        ),
+        typer.Option(min=1, help="Questions that are answered together.", show_default="found; 25 for a file"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda:0; auto: spread over all GPUs.", show_default=False)

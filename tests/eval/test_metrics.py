@@ -149,7 +149,9 @@ class TestAgainstLmmsEval:
         wanted = [rng.choice(["yes", "no"]) for _ in given]
         told = [rng.choice([text, "yes", "no", "Yes"]) for text in given]
         docs = [{"question_id": i, "answer": a} for i, a in enumerate(wanted)]
-        theirs = [utils.pope_process_results(doc, [text])["pope_f1_score"] for doc, text in zip(docs, told, strict=True)]
+        theirs = [
+            utils.pope_process_results(doc, [text])["pope_f1_score"] for doc, text in zip(docs, told, strict=True)
+        ]
         for start in range(0, self.COUNT, 500):
             part = slice(start, start + 500)
             ours = rows("pope", told[part], wanted[part])
@@ -179,7 +181,9 @@ class TestAgainstLmmsEval:
             # An answer without a word is worth nothing in both.
             ours[-1] |= {"group": doc["question_id"], "kind": doc["category"]}
         found = metrics.totals(ours)
-        assert found["perception"] == pytest.approx(utils.mme_aggregate_results(theirs["mme_perception_score"]), abs=1e-9)
+        assert found["perception"] == pytest.approx(
+            utils.mme_aggregate_results(theirs["mme_perception_score"]), abs=1e-9
+        )
         assert found["cognition"] == pytest.approx(utils.mme_aggregate_results(theirs["mme_cognition_score"]), abs=1e-9)
 
     def test_anls(self) -> None:
@@ -232,7 +236,9 @@ class TestAgainstLmmsEval:
         for text in answers(self.COUNT, 15):
             choices = dict(zip("ABCD", rng.sample(["cat", "dog", "red", "the cat", "café", "2"], 4), strict=True))
             letter = rng.choice("ABCDE")
-            given = rng.choice([text, letter, f"({letter})", f"{letter}. {text}", f"It is {letter}", choices["A"], f"A {text}"])
+            given = rng.choice(
+                [text, letter, f"({letter})", f"{letter}. {text}", f"It is {letter}", choices["A"], f"A {text}"]
+            )
             theirs = judge.can_infer(given, copy.copy(choices))
             assert metrics.mmbench_choice(given, choices) == (theirs or ""), (given, choices)
             named.add(theirs)

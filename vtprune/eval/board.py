@@ -2,8 +2,8 @@
 """From the answers and costs of one or several sweeps to a board: tables, comparisons, and how far one may prune.
 
 ``board.csv`` has a row for each model, task, kind of question (and ``mean``, over the kinds), method and budget;
-``overall.csv`` one for each model, method and budget. `page` draws both, and needs nothing else, so a board can be swept
-on one machine and drawn on another.
+``overall.csv`` one for each model, method and budget. `page` draws both, and needs nothing else, so a board can be
+swept on one machine and drawn on another.
 """
 
 from __future__ import annotations
@@ -223,10 +223,11 @@ def tables(
     board, overall
         ``board``: ``model, task, kind, method, keep, questions, tokens_in, tokens_out``; ``score, low, high`` with a
         95 % interval; ``minus_dense`` and its interval, paired by question; ``relative`` (to dense); ``hard`` and
-        ``hard_dense``, the scores on the ``hard_questions`` that ``downsample`` gets wrong at the same budget; ``broken``
-        and ``empty`` answers; ``ttft_ms, total_ms, peak_mib``; and what the task's metric counts besides.
-        ``overall``: ``model, method, keep``; ``score``, the mean over tasks; ``relative`` with its interval, the mean over
-        tasks of the ratio to dense; ``ttft`` and ``total``, as shares of dense, mean over tasks; ``tokens``, likewise.
+        ``hard_dense``, the scores on the ``hard_questions`` that ``downsample`` gets wrong at the same budget;
+        ``broken`` and ``empty`` answers; ``ttft_ms, total_ms, peak_mib``; and what the task's metric counts besides.
+        ``overall``: ``model, method, keep``; ``score``, the mean over tasks; ``relative`` with its interval, the mean
+        over tasks of the ratio to dense; ``ttft``, ``total`` and ``peak``, as shares of dense, mean over tasks;
+        ``tokens``, likewise; ``hard``, mean over tasks.
     """
     board: list[Row] = []
     overall: list[Row] = []

@@ -76,7 +76,7 @@ class Scorer:
 
     task: Any
     doc_id: int
-    metric: str
+    metrics: tuple[str, ...]
 
     def __call__(self, given: str) -> float:
         from lmms_eval.api.instance import Instance
@@ -88,24 +88,29 @@ class Scorer:
         for ensemble in self.task._filters[:1]:
             ensemble.apply([instance], [doc])
             results = [instance.filtered_resps[ensemble.name]]
-        value = self.task.process_results(doc, results)[self.metric]
+        scores = self.task.process_results(doc, results)
+        # MME answers to one of two names, by the category of the question.
+        metric = next((name for name in self.metrics if name in scores), self.metrics[0])
+        value = scores.get(metric)
         if isinstance(value, dict):
             value = value.get("score")
         if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
             raise ConfigError(
-                f"lmms:{self.task.config.task} gives {value!r} for one answer under {self.metric!r}; only metrics with a "
+                f"lmms:{self.task.config.task} gives {value!r} for one answer under {metric!r}; only metrics with a "
                 "number in [0, 1] for each question can stand on a board. `lmms_eval --model vtprune` runs any"
             )
         return float(value)
 
 
-def _metric(task: Any) -> str:
-    """The first metric that gives a number for each question (others collect answers for a judge or a server)."""
+def _metrics(task: Any) -> tuple[str, ...]:
+    """Metrics that may give a number for each question (others collect answers for a judge or a server)."""
     named = [str(metric["metric"]) for metric in task.config.metric_list or []]
     usable = [name for name in named if name not in ("submission", "bypass") and "gpt" not in name]
     if not usable:
-        raise ConfigError(f"lmms:{task.config.task} has no metric of its own ({', '.join(named) or 'none'}); choose another")
-    return usable[0]
+        raise ConfigError(
+            f"lmms:{task.config.task} has no metric of its own ({', '.join(named) or 'none'}); choose another"
+        )
+    return tuple(usable)
 
 
 def open_task(name: str) -> Task:
@@ -136,17 +141,17 @@ def open_task(name: str) -> Task:
     if task.config.output_type != "generate_until":
         raise ConfigError(f"{name} is a {task.config.output_type} task; only generate_until can be asked here")
     options = dict(task.config.generation_kwargs or {})
-    metric = _metric(task)
+    named = _metrics(task)
     docs = task.eval_docs_no_media
 
     def drafts(split: str, count: int, seed: int) -> Iterator[Example]:
         for number in range(min(count, len(docs))):
-            yield _example(name, task, docs[number], number, metric, options)
+            yield _example(name, task, docs[number], number, named, options)
 
     return Task(name, drawn(drafts), int(options.get("max_new_tokens", MAX_NEW_TOKENS)), drafts=drafts)
 
 
-def _example(name: str, task: Any, doc: Any, number: int, metric: str, options: dict[str, Any]) -> Example:
+def _example(name: str, task: Any, doc: Any, number: int, named: tuple[str, ...], options: dict[str, Any]) -> Example:
     def draw() -> tuple[Message, ...]:
         try:
             return messages_of(task.doc_to_messages(task.eval_docs[number]))
@@ -156,7 +161,7 @@ def _example(name: str, task: Any, doc: Any, number: int, metric: str, options: 
     target = task.doc_to_target(doc)
     answers = [str(one) for one in target] if isinstance(target, list) else [str(target)]
     until = options.get("until", [])
-    scorer = Scorer(task, number, metric)
+    scorer = Scorer(task, number, named)
     cut = stopper([until] if isinstance(until, str) else until)
     return Example(
         name, str(number), "all", (), answers[0], tuple(answers), name, draw=draw, scorer=lambda text: scorer(cut(text))
@@ -235,7 +240,13 @@ metadata:
 
 
 def export(
-    task: str | Task, folder: str | Path, *, split: str = "test", count: int = 300, seed: int = 0, name: str | None = None
+    task: str | Task,
+    folder: str | Path,
+    *,
+    split: str = "test",
+    count: int = 300,
+    seed: int = 0,
+    name: str | None = None,
 ) -> str:
     """Write a task as a definition and a dataset that lmms-eval reads, and return its name there.
 
@@ -293,5 +304,3 @@ def export(
     (folder / "utils.py").write_text(_UTILS, encoding="utf-8")
     (folder / f"{name}.yaml").write_text(_YAML.format(name=name, file=file, most=task.max_new_tokens), encoding="utf-8")
     return name
-
-

@@ -86,7 +86,11 @@ class VTPrune(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer all requests in their order; those with equal settings together."""
-        with using(self.model, self.method.config(self.keep)) if self.method.name != "dense" else contextlib.nullcontext():
+        with (
+            using(self.model, self.method.config(self.keep))
+            if self.method.name != "dense"
+            else contextlib.nullcontext()
+        ):
             bar = tqdm(total=len(requests), disable=self.rank != 0, desc=f"vtprune {self.method.name}")
             found: list[GenerationResult] = []
             settings = [json.dumps(request.args[2], sort_keys=True, default=str) for request in requests]
@@ -115,9 +119,7 @@ class VTPrune(lmms):
         cut = stopper([until] if isinstance(until, str) else until)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         lens = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        return [
-            GenerationResult(cut(text), TokenCounts(output_tokens=n)) for text, n in zip(texts, lens, strict=True)
-        ]
+        return [GenerationResult(cut(text), TokenCounts(output_tokens=n)) for text, n in zip(texts, lens, strict=True)]
 
     def loglikelihood(self, requests: list[Instance]) -> Any:
         """Not there: tasks that compare likelihoods are few, and none of them is about what pruning loses."""

@@ -178,7 +178,9 @@ def _pope(folder: Path) -> list[Example]:
         for row in rows:
             label = str(row["label"]).strip().lower()
             if label not in ("yes", "no"):
-                raise ConfigError(f"{file}, question {row['question_id']}: the label is {row['label']!r}, not yes or no")
+                raise ConfigError(
+                    f"{file}, question {row['question_id']}: the label is {row['label']!r}, not yes or no"
+                )
             draw = _asked(f"{row['text'].strip()}{SHORT}", _named(folder, row["image"], Path(row["image"]).stem))
             found.append(Example("", f"{kind}/{row['question_id']}", kind, (), label, (), "pope", draw=draw))
     return found
@@ -262,7 +264,14 @@ def _mme(folder: Path) -> list[Example]:
     return found
 
 
-READERS = {"vqav2": _vqav2, "textvqa": _textvqa, "pope": _pope, "scienceqa": _scienceqa, "mmbench": _mmbench, "mme": _mme}
+READERS = {
+    "vqav2": _vqav2,
+    "textvqa": _textvqa,
+    "pope": _pope,
+    "scienceqa": _scienceqa,
+    "mmbench": _mmbench,
+    "mme": _mme,
+}
 
 
 def open_task(name: str) -> Task:
@@ -275,7 +284,9 @@ def open_task(name: str) -> Task:
     """
     kind, _, path = name.partition(":")
     if kind not in READERS:
-        raise ConfigError(f"unknown format {kind!r}{nearest(kind, [*READERS])} in {name!r}; known: {', '.join(READERS)}")
+        raise ConfigError(
+            f"unknown format {kind!r}{nearest(kind, [*READERS])} in {name!r}; known: {', '.join(READERS)}"
+        )
     place = Path(path).expanduser()
     if not place.is_dir() and not (kind == "mmbench" and place.is_file()):
         raise ConfigError(f"{name}: there is no folder {path!r}; give the one that holds the files of {kind}")

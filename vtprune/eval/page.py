@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A board as a page and a picture: one HTML file that needs nothing else, and a PNG of its first charts.
 
-Both are drawn from ``board.csv`` and ``overall.csv`` alone. A chart is a list of marks, which becomes SVG in the page and
-pixels in the PNG, so that the two cannot differ.
+Both are drawn from ``board.csv`` and ``overall.csv`` alone. A chart is a list of marks, which becomes SVG in the page
+and pixels in the PNG, so that the two cannot differ.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -241,7 +242,7 @@ def png(charts: Sequence[Sequence[Mark]], columns: int = 2, scale: int = 2) -> I
 
 def _dashes(points: Sequence[tuple[float, float]], on: float, off: float) -> list[list[tuple[float, float]]]:
     pieces = []
-    for (ax, ay), (bx, by) in zip(points, points[1:], strict=False):
+    for (ax, ay), (bx, by) in itertools.pairwise(points):
         length = math.hypot(bx - ax, by - ay)
         at = 0.0
         while at < length:
@@ -255,8 +256,8 @@ def _dashes(points: Sequence[tuple[float, float]], on: float, off: float) -> lis
 
 STYLE = """
 :root{--ink:#1d2733;--faint:#6b7785;--line:#e3e8ed;--paper:#fff;--front:#0b6e4f}
-*{box-sizing:border-box}body{margin:0 auto;max-width:1240px;padding:32px 28px 80px;color:var(--ink);background:var(--paper);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+*{box-sizing:border-box}body{margin:0 auto;max-width:1240px;padding:32px 28px 80px;color:var(--ink);
+background:var(--paper);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:28px;margin:0 0 4px;letter-spacing:-.01em}h2{margin:44px 0 6px;font-size:21px}
 h3{margin:26px 0 4px;font-size:16px}p{max-width:76ch;margin:6px 0}.faint,.faint a{color:var(--faint);font-size:13px}
 nav a{margin-right:16px;color:var(--front)}
@@ -357,15 +358,24 @@ def charts_of(model: str, board: Sequence[Row], overall: Sequence[Row]) -> list[
     """Charts of one model: over all tasks, then task by task; headings with what is under them."""
     own = [row for row in overall if row["model"] == model]
     pair = [
-        chart(f"{model}: all tasks", own, "tokens", "relative", "of the visual tokens", "score, of dense"),
-        chart(f"{model}: all tasks", own, "ttft", "relative", "of dense time to first token", "score, of dense"),
+        chart(
+            f"{model}, all tasks: score by tokens", own, "tokens", "relative", "of the visual tokens", "score, of dense"
+        ),
+        chart(
+            f"{model}, all tasks: score by time",
+            own,
+            "ttft",
+            "relative",
+            "of dense time to first token",
+            "score, of dense",
+        ),
     ]
     found = [("all tasks", [marks for marks in pair if marks])]
     for task in dict.fromkeys(row["task"] for row in board if row["model"] == model):
         rows = [row for row in board if (row["model"], row["task"], row["kind"]) == (model, task, "mean")]
         pair = [
-            chart(task, rows, "tokens_out", "score", "visual tokens", "score"),
-            chart(task, rows, "ttft_ms", "score", "ms to the first token", "score"),
+            chart(f"{task}: score by tokens", rows, "tokens_out", "score", "visual tokens", "score"),
+            chart(f"{task}: score by time", rows, "ttft_ms", "score", "ms to the first token", "score"),
         ]
         found.append((task, [marks for marks in pair if marks]))
     return found
@@ -396,8 +406,8 @@ def draw(folder: str | Path) -> Path:
         "time and memory are measured on single prompts, end to end, scoring inside. The green line is the front: no "
         "method is better at less cost. Dashed lines need no pruning method: "
         f"<b>dense</b> is the model as it is, <b>{PRIOR}</b> the most common answer, <b>blank</b> a grey picture, "
-        "<b>question-only</b> none, <b>downsample</b> a smaller picture. <b>hard</b> is the score on questions that the "
-        "smaller picture gets wrong. Point at a method to see it everywhere; click a heading to sort.</p>"
+        "<b>question-only</b> none, <b>downsample</b> a smaller picture. <b>hard</b> is the score on questions that "
+        "the smaller picture gets wrong. Point at a method to see it everywhere; click a heading to sort.</p>"
     )
     parts.append("<nav>" + "".join(f'<a href="#{html.escape(m)}">{html.escape(m)}</a>' for m in models) + "</nav>")
     pictures: list[list[Mark]] = []

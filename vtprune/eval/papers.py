@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..registry import nearest
 from .table import Row
+from .tasks import get
 
 #: Where the files lie: in the working folder, or in the checkout that this package is run from.
 PLACES = (Path("benchmarks/papers"), Path(__file__).parents[2] / "benchmarks" / "papers")
@@ -93,8 +94,8 @@ def lines(claims: Row, board: Sequence[Row] = ()) -> Iterator[Row]:
                     one = found.get((table["model"], here, method, keep))
                     result = _average(found, table, method, keep) if task == "average" else None
                     if one is not None:
-                        # MME's number is a sum of points, all others are percentages.
-                        result = one.get("perception") or 100 * one["score"]
+                        # MME's number is a sum of points, which only `mme:FOLDER` counts; others are percentages.
+                        result = one.get("perception") if claim > 100 else 100 * one["score"]
                     row["result"] = result
                     within = result is not None and abs(result - claim) <= table["tolerance"]
                     row["verdict"] = NOT_RUN if result is None else "agrees" if within else "differs"
@@ -126,8 +127,8 @@ def section(board: Sequence[Row]) -> str:
         head = "".join(f"<th>{key}</th>" for key in _COLUMNS)
         state = f"{len(ran)} of {len(rows)} run" if ran else NOT_RUN
         parts.append(
-            f"<details><summary>{html.escape(name)} ({html.escape(claims['paper'])}): {state}</summary><div class=scroll>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
+            f"<details><summary>{html.escape(name)} ({html.escape(claims['paper'])}): {state}</summary>"
+            f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
         )
     about = "<p>Numbers of papers, as they give them; nothing here was measured unless it says so.</p>"
     return f"<h2>What papers claim</h2>{about}{''.join(parts)}" if parts else ""
@@ -179,14 +180,22 @@ def run(
 
     claims = load(name)
     rows: list[Row] = []
+    notes = ""
     if out is not None:
         for number, table in enumerate(claims["table"]):
             place = Path(out) / f"table-{number}"
             methods = tuple(table["expected"])
             keeps = tuple(dict.fromkeys(keep for by in table["expected"].values() for keep in by))
-            tasks = tuple(table["tasks"].values())
+            tasks = []
+            for task in table["tasks"].values():
+                try:
+                    tasks.append(get(task).name)
+                except ConfigError as error:
+                    notes += f"\nnot run: {task}: {error}\n"
+            if not tasks:
+                continue
             settings: dict[str, Any] = {"split": "test", "count": count, "dtype": dtype, "device": device}
-            request = Request((checkpoint or table["model"],), tasks, methods, keeps, **settings)
+            request = Request((checkpoint or table["model"],), tuple(tasks), methods, keeps, **settings)
             sweep(request, place, say=say, begin=begin, tick=tick)
             found, _ = boards.write([place], place)
             rows += [{**row, "model": table["model"]} for row in found]
@@ -194,4 +203,4 @@ def run(
     text = "| " + " | ".join(_COLUMNS) + " |\n|" + " --- |" * len(_COLUMNS) + "\n"
     for row in lines(claims, rows):
         text += "| " + " | ".join(_text(row[key]) for key in _COLUMNS) + " |\n"
-    return head + text
+    return head + text + notes

@@ -293,8 +293,8 @@ def _in_parts(
             raise
         if len(examples) == 1:
             raise ConfigError(
-                f"{task.name}: one question ({examples[0].id}) does not fit into memory; use a larger device, a smaller "
-                "model, or a half-precision dtype"
+                f"{task.name}: one question ({examples[0].id}) does not fit into memory; use a larger device, a "
+                "smaller model, or a half-precision dtype"
             ) from error
     # Out of the handler: its traceback keeps the tensors alive.
     gc.collect()
