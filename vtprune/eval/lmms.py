@@ -194,7 +194,8 @@ def doc_to_messages(doc, lmms_eval_specific_kwargs=None):
         {
             "role": message["role"],
             "content": [
-                {"type": "image", "url": next(pictures).convert("RGB")} if part is None else {"type": "text", "text": part}
+                {"type": "text", "text": part} if part is not None
+                else {"type": "image", "url": next(pictures).convert("RGB")}
                 for part in message["content"]
             ],
         }

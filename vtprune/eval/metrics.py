@@ -24,25 +24,22 @@ Row = dict[str, Any]
 
 #: Contractions as VQA's evaluation writes them; it finds them where an apostrophe is left out.
 _APOSTROPHES = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd how'd how'll how's he's I'm I've "
-    "isn't it'd it'll ma'am might've mightn't must've mustn't needn't o'clock oughtn't shan't should've shouldn't that's "
-    "there'd there're there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've "
-    "when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd "
-    "you'll you're you've hadn't've he'd've couldn't've I'd've it'd've mightn't've she'd've shouldn't've somebody'll "
-    "someone'd someone'll someone's something'd something'll they'd've there'd've we'd've who'd've wouldn't've "
-    "y'all'll y'all'd've you'd've somebody'd've someone'd've something'd've"
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd how'd how'll how's "
+    "he's I'm I've isn't it'd it'll ma'am might've mightn't must've mustn't needn't o'clock oughtn't shan't "
+    "should've shouldn't that's there'd there're there's they'd they'll they're they've wasn't we've weren't "
+    "what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're "
+    "why's won't would've wouldn't y'all you'd you'll you're you've hadn't've he'd've couldn't've I'd've "
+    "it'd've mightn't've she'd've shouldn't've somebody'll someone'd someone'll someone's something'd "
+    "something'll they'd've there'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've "
+    "somebody'd've someone'd've something'd've"
 )
 #: Its table has these irregular ones, some of them by mistake; scores depend on them.
 _IRREGULAR = {
     "let's": "let's", "she's": "she's", "notve": "not've", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at",
     "'ow'sat": "'ow's'at", "somebody'd": "somebodyd", "somebodys": "somebody's", "twas": "'twas",
 }  # fmt: skip
-NUMBERS = {
-    word: str(value)
-    for value, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-}
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: str(value) for value, word in enumerate(_DIGITS)}
 NUMBERS["none"] = "0"
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")

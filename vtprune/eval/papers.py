@@ -8,6 +8,7 @@ result stands beside a claim only where a board has run that very checkpoint on 
 from __future__ import annotations
 
 import html
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ def load(name: str) -> Row:
     ConfigError
         There is no such file, or it is not of that form.
     """
-    try:
-        import tomllib
-    except ImportError:
-        raise ConfigError("files of claims are TOML, which Python reads from version 3.11 on") from None
+    if sys.version_info < (3, 11):
+        raise ConfigError("files of claims are TOML, which Python reads from version 3.11 on")
+    import tomllib
+
     given = Path(name)
     files = [given] if given.suffix == ".toml" else [place / f"{name}.toml" for place in PLACES]
     file = next((file for file in files if file.is_file()), None)
@@ -117,7 +118,7 @@ def _average(found: dict[tuple[str, str, str, str], Row], table: Row, method: st
 def section(board: Sequence[Row]) -> str:
     """Claims and results side by side, as a part of a page; empty without files of claims."""
     parts = []
-    for name in names():
+    for name in names() if sys.version_info >= (3, 11) else ():
         claims = load(name)
         rows = list(lines(claims, board))
         ran = [row for row in rows if row["verdict"] != NOT_RUN]

@@ -185,6 +185,50 @@ def generate(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int) ->
     return [text.strip() for text in texts]
 
 
+@torch.no_grad()
+def second_turn(model: Any, processor: Any, inputs: Inputs, example: Example, max_new_tokens: int) -> str:
+    """The answer to the second question of a conversation: on the cache that the first one has left, picture and all.
+
+    Parameters
+    ----------
+    model, processor
+        The model, with whatever prunes it.
+    inputs
+        Of the first question, one example.
+    example
+        It has a question in `Example.then`.
+    max_new_tokens
+        Longest answer of each turn.
+    """
+    from .tasks import assistant, user
+
+    out = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
+    )
+    said = out.sequences[0, inputs["input_ids"].shape[1] :]
+    first = processor.batch_decode(said[None], skip_special_tokens=True)[0].strip()
+    chat = [*example.messages]
+    before = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    chat += [assistant(first), user({"type": "text", "text": example.then})]
+    rest = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)[len(before) :]
+    rest = rest[rest.index(first) + len(first) :]
+    new = processor.tokenizer(rest, add_special_tokens=False)["input_ids"]
+    last = int(said[-1])  # generated, but not in the cache yet
+    tokens = torch.tensor([[last, *(new[1:] if new[:1] == [last] else new)]], device=model.device)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    cache, answer = out.past_key_values, []
+    for _ in range(max_new_tokens):
+        step = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        token = int(step.logits[0, -1].argmax())
+        if token in ends:
+            break
+        answer.append(token)
+        cache, tokens = step.past_key_values, torch.tensor([[token]], device=model.device)
+    text: str = processor.batch_decode([answer], skip_special_tokens=True)[0]
+    return text.strip()
+
+
 @contextmanager
 def presented(
     family: Family,
@@ -241,6 +285,9 @@ def _answers(
     inputs: Inputs | None = None,
 ) -> Iterator[tuple[Combination, list[str], list[int], list[int]]]:
     """Per combination the answers to one batch, and visual tokens per example before and after pruning."""
+    if len(examples) > 1 and any(example.then for example in examples):
+        yield from _one_by_one(family, processor, task, examples, wanted)
+        return
     inputs = prepare(family, processor, examples) if inputs is None else inputs
     visual = any(key in inputs for key in PIXEL_KEYS)
     full = [0] * len(examples)
@@ -249,7 +296,10 @@ def _answers(
     def one(method: Method, keep: str) -> tuple[Combination, list[str], list[int], list[int]]:
         memory = memories.setdefault(method.label, {})
         with presented(family, processor, examples, inputs, method, keep, memory) as (given, tokens):
-            texts = generate(family.model, processor, given, task.max_new_tokens)
+            if examples[0].then:
+                texts = [second_turn(family.model, processor, given, examples[0], task.max_new_tokens)]
+            else:
+                texts = generate(family.model, processor, given, task.max_new_tokens)
             if tokens is None and visual and method.name not in CONTROLS:
                 tokens = [0] * len(examples)
                 for image in report(family.model).images:
@@ -261,6 +311,19 @@ def _answers(
             full = list(encode(family.model, inputs).sample_lens(len(examples)))
         yield from (one(*plan) for plan in wanted if plan[0].name not in OWN_PIXELS)
     yield from (one(*plan) for plan in wanted if plan[0].name in OWN_PIXELS)
+
+
+def _one_by_one(
+    family: Family, processor: Any, task: Task, examples: Sequence[Example], wanted: Sequence[Combination]
+) -> Iterator[tuple[Combination, list[str], list[int], list[int]]]:
+    """As `_answers`, of conversations: each goes on with a cache of its own."""
+    found: dict[tuple[str, str], tuple[list[str], list[int], list[int]]] = {}
+    for example in examples:
+        for (method, keep), *parts in _answers(family, processor, task, [example], wanted):
+            for whole, part in zip(found.setdefault((method.label, keep), ([], [], [])), parts, strict=True):
+                whole.extend(part)  # type: ignore[arg-type]
+    for method, keep in wanted:
+        yield (method, keep), *found[method.label, keep]
 
 
 #: A combination, the examples that were answered under it, the answers, visual tokens before and after pruning.

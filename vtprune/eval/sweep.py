@@ -2,8 +2,8 @@
 """The sweep: models x tasks x methods x budgets into a folder, by one process or by many, on one host or several.
 
 A board folder holds ``plan.json`` (what is asked, and how many questions at a time), ``answers/<model>/<task>.<i>-<n>
-.jsonl`` (a row per answer; process i of n appends to its own file, and reads all), and ``costs/<model>.jsonl`` (time and
-memory). Everything is appended and nothing rewritten, so a run that was killed goes on where it was, with as many
+.jsonl`` (a row per answer; process i of n appends to its own file, and reads all), and ``costs/<model>.jsonl`` (time
+and memory). Everything is appended and nothing rewritten, so a run that was killed goes on where it was, with as many
 processes as the next run happens to have. `board` makes tables of it.
 """
 
@@ -267,8 +267,8 @@ def make_plan(request: Request, folder: Path, workers: int, say: Say) -> Row:
     for key in ("split", "seed", "count", "per_kind", "dtype"):
         if old and old["request"][key] != getattr(request, key):
             raise ConfigError(
-                f"{folder} was begun with {key}={old['request'][key]!r}, this run has {getattr(request, key)!r}; choose "
-                "another folder"
+                f"{folder} was begun with {key}={old['request'][key]!r}, this run has {getattr(request, key)!r}; "
+                "choose another folder"
             )
     plan: Row = {"request": asdict(request), "models": old.get("models", {}), "left_out": old.get("left_out", {})}
     for name in request.models:

@@ -50,6 +50,9 @@ class Example:
         Texts of the options A, B, C, ... of a multiple-choice question.
     broken
         Why the question cannot be asked, such as a picture that cannot be read. It is counted, and never right.
+    then
+        A second question, asked when the model has answered the messages. It is the one that is scored, and the picture
+        was pruned without a word of it.
     draw
         Makes the messages; see `ready`. A question that is passed over costs nothing then.
     scorer
@@ -66,6 +69,7 @@ class Example:
     group: str = ""
     choices: tuple[str, ...] = ()
     broken: str = ""
+    then: str = ""
     draw: Callable[[], tuple[Message, ...]] | None = field(default=None, compare=False)
     scorer: Callable[[str], float] | None = field(default=None, compare=False)
 
@@ -252,4 +256,36 @@ POCKETVQA = {
 }
 for _world, _kinds in POCKETVQA.items():
     register(_pocketvqa(_world, _kinds))
+
+
+def _basic_turns(split: str, count: int, seed: int) -> Iterator[Example]:
+    """The questions of ``pocketvqa/basic``, each after one of another kind about the same picture."""
+    from ..models.pocket.data import questions
+    from ..models.pocket.worlds import exam
+
+    for dialogue in exam("basic", split, count, seed):
+        (turn,) = dialogue.turns
+        first = next(asked for asked in questions(turn.pictures[0]) if asked.kind != dialogue.kind)
+        name = "turns/pocketvqa/basic"
+        asked = _pocket_example(name, replace(dialogue, turns=(replace(turn, question=first),)))
+        yield replace(asked, kind=dialogue.kind, answer=dialogue.answer, then=turn.question.text)
+
+
+def _easyvqa_turns(split: str, count: int, seed: int) -> Iterator[Example]:
+    """The questions of ``easy-vqa``, each after another one about the same picture."""
+    from ..models.pocket.easyvqa import load
+
+    about: dict[int, list[str]] = {}
+    for number, text, _ in load(split).questions:
+        about.setdefault(number, []).append(text)
+    pictures = {f"easy-vqa/{split}/{index}": number for index, (number, _, _) in enumerate(load(split).questions)}
+    for example in _easyvqa(split, count, seed):
+        (text,) = (part["text"] for part in example.parts("text"))
+        first = next((other for other in about[pictures[example.id]] if other != text), text)
+        message = user(example.parts("image")[0], {"type": "text", "text": first})
+        yield replace(example, task="turns/easy-vqa", messages=(message,), then=text)
+
+
+register(Task("turns/pocketvqa/basic", drawn(_basic_turns), drafts=_basic_turns, kinds=POCKETVQA["basic"]))
+register(Task("turns/easy-vqa", _easyvqa_turns, splits=("train", "test"), kinds=("yes or no", "color", "shape")))
 register(Task("easy-vqa", _easyvqa, splits=("train", "test"), kinds=("yes or no", "color", "shape")))
