@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -453,7 +454,7 @@ def write(
 
 def to_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write rows; the file appears whole or not at all, so that processes may write it at one time."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()

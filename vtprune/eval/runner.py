@@ -332,7 +332,7 @@ Answered = tuple[Combination, list[Example], list[str], list[int], list[int]]
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether that is what went wrong, on a GPU or a CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _in_parts(
