@@ -154,6 +154,14 @@ def test_advice(tmp_path: Path) -> None:
     assert {row["kind"]: row["method"] for row in board.advise(without, 0.001)}["b"] is None
 
 
+def test_tasks_of_pocket_models_are_those_of_their_training() -> None:
+    from vtprune.eval.sweep import EXAMS
+    from vtprune.models.pocket.train import EXAMS as TRAINED
+
+    # No model has learnt `icl`.
+    assert {name: tuple(w for w in worlds if w != "icl") for name, worlds in TRAINED.items()} == EXAMS
+
+
 def test_pareto() -> None:
     assert board.pareto([(1, 0.5), (2, 0.4), (3, 0.9), (3, 0.8), (1, 0.5)]) == [0, 2]
 

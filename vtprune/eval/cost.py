@@ -85,7 +85,7 @@ def measure(
     task: Task,
     examples: Sequence[Example],
     plans: Sequence[runner.Combination],
-    repeats: int = REPEATS,
+    repeats: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:
     """Time and memory of every combination, each prompt alone.
@@ -101,7 +101,7 @@ def measure(
     plans
         Of `runner.combinations`.
     repeats
-        Timed answers to each prompt.
+        Timed answers to each prompt; default `REPEATS`.
     say
         Is told of progress.
 
@@ -111,7 +111,7 @@ def measure(
         ``task, method, keep``; ``ttft_ms`` and ``total_ms``, medians over all timed answers, of the same answers;
         ``peak_mib``, the largest memory in use (None where unknown); ``prompts, repeats``.
     """
-    family = find_family(model)
+    family, repeats = find_family(model), repeats or REPEATS
     device = torch.device(model.device)
     greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": task.max_new_tokens}
     for method, keep in plans:
