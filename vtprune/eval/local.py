@@ -207,7 +207,7 @@ def _scienceqa(folder: Path) -> list[Example]:
         text = f"{hint}{row['question']}\n{choices}{LETTER}"
         answer = chr(65 + row["answer"])
         kind = str(row.get("subject", "all"))
-        own = {"choices": tuple(map(str, row["choices"])), "draw": _asked(text, find)}
+        own: dict[str, Any] = {"choices": tuple(map(str, row["choices"])), "draw": _asked(text, find)}
         found.append(Example("", row["id"], kind, (), answer, (), "letter", **own))
     if not found:
         raise ConfigError(f"{file} has no problem with a picture")
@@ -239,7 +239,7 @@ def _mmbench(place: Path) -> list[Example]:
                 raise InputError(f"the picture of question {row['index']} is not base64 ({error})") from None
 
         text = f"{hint}{row['question']} {listed}{LETTER}"
-        own = {"choices": tuple(options.values()), "draw": _asked(text, find)}
+        own: dict[str, Any] = {"choices": tuple(options.values()), "draw": _asked(text, find)}
         found.append(Example("", row["index"], row["category"], (), row["answer"], (), "mmbench", **own))
     return found
 
@@ -256,7 +256,7 @@ def _mme(folder: Path) -> list[Example]:
                     raise ConfigError(f"{file}, line {number + 1}: the answer is {answer!r}, not Yes or No")
                 text = question.strip().replace(" Please answer yes or no.", "") + SHORT
                 draw = _asked(text, _named(category, file.stem))
-                own = {"group": file.stem, "draw": draw}
+                own: dict[str, Any] = {"group": file.stem, "draw": draw}
                 name = f"{category.name}/{file.stem}/{number}"
                 found.append(Example("", name, category.name, (), answer.strip(), (), "mme", **own))
     if not found:

@@ -120,18 +120,20 @@ def chart(title: str, rows: Sequence[Row], cost: str, score: str, label: str, wh
         marks.append(Mark("text", ((LEFT - 8, y.at(value) + 4),), FAINT, 11, text=y.show(value), anchor="end"))
     for value in x.ticks():
         marks.append(Mark("line", ((x.at(value), TOP), (x.at(value), HEIGHT - BOTTOM)), GRID))
-        at = (x.at(value), HEIGHT - BOTTOM + 16)
-        marks.append(Mark("text", (at,), FAINT, 11, text=x.show(value), anchor="middle"))
+        spot = (x.at(value), HEIGHT - BOTTOM + 16.0)
+        marks.append(Mark("text", (spot,), FAINT, 11, text=x.show(value), anchor="middle"))
     middle = ((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8)
     marks.append(Mark("text", (middle,), FAINT, 11, text=f"{label}  (upwards: {what}, %)", anchor="middle"))
     taken: list[tuple[float, float, float, float]] = []
     ends: list[tuple[float, str, str, str]] = []
     for row in shown:
-        at = y.at(row[score])
+        height = y.at(row[score])
         ink = INK if row["method"] == "dense" else FAINT
         tip = f"{row['method']}: {100 * row[score]:.1f}"
-        marks.append(Mark("line", ((LEFT, at), (WIDTH - RIGHT, at)), ink, 1, True, text=tip, method=row["method"]))
-        ends.append((at, row["method"], ink, row["method"]))
+        marks.append(
+            Mark("line", ((LEFT, height), (WIDTH - RIGHT, height)), ink, 1, True, text=tip, method=row["method"])
+        )
+        ends.append((height, row["method"], ink, row["method"]))
     points = [(row[cost], row[score]) for own in lines.values() for row in own if row["method"] != "downsample"]
     owners = [row for own in lines.values() for row in own if row["method"] != "downsample"]
     front = pareto(points)
@@ -152,7 +154,8 @@ def chart(title: str, rows: Sequence[Row], cost: str, score: str, label: str, wh
         point = (x.at(points[at][0]), y.at(points[at][1]))
         steps += [(point[0], steps[-1][1])] if steps else []
         steps.append(point)
-    marks.append(Mark("line", tuple(steps), FRONT, 2.4, method="front"))
+    if front:
+        marks.append(Mark("line", tuple(steps), FRONT, 2.4, method="front"))
     named = set()
     for at in reversed(front):
         point = (x.at(points[at][0]), y.at(points[at][1]))
@@ -166,11 +169,13 @@ def chart(title: str, rows: Sequence[Row], cost: str, score: str, label: str, wh
             ends.append((y.at(last[score]), name, FIXED[name], name))
     # Labels on the right are spread until none lies on another.
     ends.sort()
-    place = TOP
-    for at, text, ink, name in ends:
-        place = max(at, place + 12)
-        spot = (WIDTH - RIGHT + 8, min(place, HEIGHT - BOTTOM + 40) + 4)
-        marks.append(Mark("line", ((WIDTH - RIGHT + 1, at), (WIDTH - RIGHT + 6, spot[1] - 4)), ink, 0.8, method=name))
+    place = float(TOP)
+    for height, text, ink, name in ends:
+        place = max(height, place + 12)
+        spot = (WIDTH - RIGHT + 8, min(place, HEIGHT - BOTTOM + 40.0) + 4)
+        marks.append(
+            Mark("line", ((WIDTH - RIGHT + 1, height), (WIDTH - RIGHT + 6, spot[1] - 4)), ink, 0.8, method=name)
+        )
         marks.append(Mark("text", (spot,), ink, 11, text=text, method=name))
     return marks
 

@@ -166,6 +166,7 @@ class Remembered:
         starts = itertools.accumulate([0, *old.counts[:-1]])
         rows = [torch.arange(start, start + count) for start, count in zip(starts, pools.counts, strict=True)]
         chosen = self.memory["chosen"]
+        assert chosen.order is not None
         order = chosen.order[torch.cat(rows).to(chosen.order.device)]
         return Selection.from_order(order, tokens, **chosen.info)
 
@@ -317,13 +318,13 @@ def _one_by_one(
     family: Family, processor: Any, task: Task, examples: Sequence[Example], wanted: Sequence[Combination]
 ) -> Iterator[tuple[Combination, list[str], list[int], list[int]]]:
     """As `_answers`, of conversations: each goes on with a cache of its own."""
-    found: dict[tuple[str, str], tuple[list[str], list[int], list[int]]] = {}
+    found: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
     for example in examples:
-        for (method, keep), *parts in _answers(family, processor, task, [example], wanted):
-            for whole, part in zip(found.setdefault((method.label, keep), ([], [], [])), parts, strict=True):
-                whole.extend(part)  # type: ignore[arg-type]
+        for (method, keep), texts, full, kept in _answers(family, processor, task, [example], wanted):
+            found.setdefault((method.label, keep), []).append((texts[0], full[0], kept[0]))
     for method, keep in wanted:
-        yield (method, keep), *found[method.label, keep]
+        own = found[method.label, keep]
+        yield (method, keep), [text for text, _, _ in own], [n for _, n, _ in own], [n for _, _, n in own]
 
 
 #: A combination, the examples that were answered under it, the answers, visual tokens before and after pruning.

@@ -27,11 +27,12 @@ import torch
 
 from ..errors import ConfigError, VTPruneError, VTPruneWarning
 from ..models import find_family
+from ..models.base import PIXEL_KEYS
 from ..models.llava_next import LlavaNext
 from ..models.loading import EMBEDDED
 from ..registry import methods as known_methods
 from . import cost, runner
-from .controls import prepare
+from .controls import CONTROLS, prepare
 from .runner import Method, Say
 from .table import Row, read
 from .tasks import Task, get
@@ -202,7 +203,7 @@ def refused(model: Any, label: str, keep: str) -> str:
     from ..api import using
 
     method = Method.parse(label)
-    if method.name in runner.CONTROLS:
+    if method.name in CONTROLS:
         return ""
     try:
         with warnings.catch_warnings():
@@ -242,7 +243,7 @@ def find_batch(model: Any, processor: Any, example: Any, workers: int) -> int:
 
     family = find_family(model)
     inputs = prepare(family, processor, [example])
-    visual = any(key in inputs for key in runner.PIXEL_KEYS)
+    visual = any(key in inputs for key in PIXEL_KEYS)
     tokens = sum(encode(model, inputs).seqlens) if visual else 0
     if model.device.type != "cuda":
         return max(1, min(24, CPU_TOKENS // max(tokens, 1)))
@@ -328,7 +329,7 @@ def _measure(
     there = {(row["task"], row["method"], row["keep"]): row for row in rows}
     plans = runner.combinations(entry["methods"], entry["keeps"])
     inputs = [prepare(find_family(model), processor, [example]) for example in examples]
-    visual = any(key in inputs[0] for key in runner.PIXEL_KEYS)
+    visual = any(key in inputs[0] for key in PIXEL_KEYS)
     shape = tuple(sum(encode(model, one).seqlens) if visual else 0 for one in inputs)
     like = timed.setdefault(shape, task.name)
     with file.open("a", encoding="utf-8") as out:
@@ -367,17 +368,18 @@ def answer(
             own = folder / "answers" / slug(name) / f"{slug(task.name)}.{shard[0]}-{shard[1]}.jsonl"
             own.parent.mkdir(parents=True, exist_ok=True)
             beside = [row for file in answers_files(folder, name, task.name) if file != own for row in read(file)[1]]
-            runner.run(
-                *(model, processor, [task], entry["methods"], entry["keeps"], own),
-                **{key: entry[key] for key in ("split", "count", "batch")},
-                **{"seed": request.seed, "about": about, "elsewhere": beside, "until": until},
-                **{"shard": ((shard[0] - batches) % shard[1], shard[1])},
-                **{"say": lambda text, name=name: say(f"{name}, {text}"), "tick": tick},
-            )
+            settings: dict[str, Any] = {key: entry[key] for key in ("split", "count", "batch")}
+            settings |= {"seed": request.seed, "about": about, "elsewhere": beside, "until": until}
+            settings |= {"shard": ((shard[0] - batches) % shard[1], shard[1]), "say": partial(_named, say, name)}
+            runner.run(model, processor, [task], entry["methods"], entry["keeps"], own, tick=tick, **settings)
             batches += -(-entry["count"] // entry["batch"])
         del model, processor
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _named(say: Say, name: str, text: str) -> None:
+    say(f"{name}, {text}")
 
 
 def total(request: Request, plan: Row) -> int:

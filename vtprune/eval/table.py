@@ -43,7 +43,7 @@ def read(path: str | Path) -> tuple[list[Row], list[Row]]:
 
 def score_of(row: Row) -> float:
     """What an answer is worth; files of earlier versions say right or wrong."""
-    return float(row.get("score", row["correct"]))
+    return float(row["score"] if "score" in row else row["correct"])
 
 
 def summarise(rows: Sequence[Row], baseline: str = "dense", draws: int = stats.DRAWS, seed: int = 0) -> list[Row]:
