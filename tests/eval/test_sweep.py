@@ -119,17 +119,9 @@ def test_nothing_is_asked_twice(whole: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_two_processes_of_accelerate(whole: Path, tmp_path: Path) -> None:
     """Each question once, the same table; and a worker whose answers are lost is made up for by a single process."""
     folder = tmp_path / "two"
-    launch = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    # Its launcher for GPUs starts the processes on a machine without any, too; `--cpu` would start one.
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "vtprune", *ARGUMENTS]
     done = subprocess.run(
         [*command, "--out", str(folder)],

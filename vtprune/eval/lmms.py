@@ -82,7 +82,9 @@ class Scorer:
         from lmms_eval.api.instance import Instance
 
         doc = self.task.eval_docs[self.doc_id]
-        instance = Instance("generate_until", ("", None, {}, self.doc_id, self.task.config.task, ""), 0)
+        name = self.task.config.task
+        about = {"task": name, "doc_id": self.doc_id, "repeats": 1}
+        instance = Instance("generate_until", ("", None, {}, self.doc_id, name, ""), 0, about)
         instance.doc, instance.resps = doc, [given]
         results = [given]
         for ensemble in self.task._filters[:1]:
@@ -96,7 +98,7 @@ class Scorer:
             value = value.get("score")
         if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
             raise ConfigError(
-                f"lmms:{self.task.config.task} gives {value!r} for one answer under {metric!r}; only metrics with a "
+                f"lmms:{name} gives {value!r} for one answer under {metric!r}; only metrics with a "
                 "number in [0, 1] for each question can stand on a board. `lmms_eval --model vtprune` runs any"
             )
         return float(value)
