@@ -52,4 +52,5 @@ $(VENV)/installed: $(SPEC) | $(BIN)/python
 
 $(VENV)/installed-dev: $(SPEC) | $(BIN)/python
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps lmms-eval
 	@touch $@ $(VENV)/installed
