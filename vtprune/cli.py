@@ -286,10 +286,10 @@ def look(
     with _quiet(False) as say:
         say(f"loading {model}")
         net, processor = _load(model, device, dtype)
+        from . import viz
         from .lens.probe import check_layers, lens
         from .models import find_family
         from .models.loading import build_inputs
-        from .viz import lens_page, lens_picture, seen_image
 
         family = find_family(net)
         shown = len(family.lm.layers) if layer is None else layer
@@ -298,13 +298,13 @@ def look(
         say("looking")
         seen = lens(net, inputs, None if paged else shown, topk, processor, calibration)
         categories = seen.classes
-        drawn = seen_image(processor, inputs, picture)
+        drawn = viz.seen_image(processor, inputs, picture)
         try:
             if paged:
                 title = f"What {Path(model).name}'s visual tokens say about {image.name}"
-                out.write_text(lens_page(drawn, seen, shown, categories, title=title), encoding="utf-8")
+                out.write_text(viz.lens_page(drawn, seen, shown, categories, title=title), encoding="utf-8")
             else:
-                lens_picture(drawn, seen, shown, categories).save(out, format="PNG")
+                viz.lens(drawn, seen, shown, categories).save(out, format="PNG")
         except OSError as error:
             raise ConfigError(f"cannot write {out} ({error}); choose another path") from None
     console = Console(highlight=False)
