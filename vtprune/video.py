@@ -96,7 +96,9 @@ def read(
     if backend is not None and backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if not installed or backend not in (None, *installed):
-        raise ConfigError(f"reading videos needs {backend or 'av'}; pip install 'vtprune[video]', or pip install decord")
+        raise ConfigError(
+            f"reading videos needs {backend or 'av'}; pip install 'vtprune[video]', or pip install decord"
+        )
     if not fps > 0 or frames < 1:
         raise ConfigError(f"fps={fps} and frames={frames} must be larger than 0")
     if not Path(path).is_file():

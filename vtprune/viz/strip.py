@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import InputError
-from .draw import FRAME_WIDTH, GAP, INK, PAPER, WIDTH, Panel, layout_of, legend, marked, overlay_legend, panels_of, stack
+from .draw import (
+    FRAME_WIDTH,
+    GAP,
+    INK,
+    PAPER,
+    WIDTH,
+    Panel,
+    layout_of,
+    legend,
+    marked,
+    overlay_legend,
+    panels_of,
+    stack,
+)
 
 if TYPE_CHECKING:
     from ..engine.report import ImageReport
