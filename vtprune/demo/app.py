@@ -8,6 +8,7 @@ results are in the page itself, so the server keeps no file of them.
 from __future__ import annotations
 
 import functools
+import html
 import os
 import random
 import tempfile
@@ -117,7 +118,7 @@ class App:
         for scene in fixed:
             path = self.folder / f"{scene.name.replace(' ', '-')}.png"
             scene.picture.save(path)
-            self.examples.append([str(path)])
+            self.examples.append((str(path), scene))
         #: Of all methods; a page narrows them to those that its model can be pruned with.
         self.methods = in_order(vtprune.methods())
         self.clip = scenes.clip(2)
@@ -139,19 +140,26 @@ class App:
         scene = scenes.draw(world, random.SystemRandom().randrange(scenes.SCENES))
         return scene.picture, {"digest": scenes.digest(scene.picture), "answers": scene.answers}
 
+    def take_example(self, chosen: gr.SelectData) -> Any:
+        """The example that was clicked."""
+        return self.examples[chosen.index][1].picture
+
     def scene_changed(self, picture: Image.Image | None, scene: dict[str, Any] | None, question: str) -> Any:
         """What can be asked about another picture, where that is known."""
         asked = list(self.answers_of(picture, scene)) if picture is not None else []
         chosen = question if question in asked or not asked else asked[0]
         return gr.update(choices=asked, value=chosen if asked else None, visible=bool(asked)), chosen
 
-    def model_changed(self, name: str) -> Any:
+    def narrow(self, name: str) -> Any:
+        """Choices that a model has: methods, methods to compare, worlds of scenes; and that it is there."""
         loaded = self.studio.load(name)
-        methods = list(loaded.methods)
-        worlds = list(scenes.worlds_of(name))
-        chosen = gr.update(choices=methods, value=methods[0])
-        compared = gr.update(choices=methods, value=methods[: min(3, len(methods))])
-        return None, chosen, compared, gr.update(choices=worlds, value=worlds[0])
+        methods, worlds = list(loaded.methods), list(scenes.worlds_of(name))
+        return (
+            gr.update(choices=methods, value=methods[0]),
+            gr.update(choices=methods, value=methods[:3]),
+            gr.update(choices=worlds, value=worlds[0]),
+            f'<p id="ready" class="vt-hint" role="status">{html.escape(name)} is ready; {len(methods)} methods</p>',
+        )
 
     def _look(self, picture: Image.Image | None, question: str, model: str) -> Look:
         if picture is None:
@@ -177,7 +185,7 @@ class App:
         yield from self._answers(look, method, keep, known)
 
     def _answers(self, look: Look, method: str, keep: float, known: str | None) -> Iterator[Any]:
-        config = make_config(method, keep=keep)
+        make_config(method, keep=keep)  # whatever is wrong with it is said before the model is asked
         look.wanted = (method, keep)
         look.known = known
         key = self.studio.remember(look)
@@ -186,11 +194,16 @@ class App:
         for answer, _ in self.studio.answer(look, None):
             look.dense = answer
             yield key, pages.answers(answer, None, method, known), gr.skip()
-        yield from ((key, *rest) for rest in self._pruned(look, method, config))
+        yield from ((key, *rest) for rest in self._pruned(look, method, keep))
 
-    def _pruned(self, look: Look, method: str, config: Any) -> Iterator[Any]:
-        """The pruned answer beside the dense one, and, where only an answer tells, what was kept."""
-        for answer, report in self.studio.answer(look, config):
+    def _pruned(self, look: Look, method: str, keep: float) -> Iterator[Any]:
+        """The pruned answer beside the dense one, and, where only an answer tells, what was kept.
+
+        It ends where the slider has moved on, so that no late answer undoes what the slider shows.
+        """
+        for answer, report in self.studio.answer(look, make_config(method, keep=keep)):
+            if look.wanted != (method, keep):
+                return
             text = pages.answers(look.dense, answer, method, look.known)
             if report is None:
                 yield text, gr.skip()
@@ -221,7 +234,8 @@ class App:
         if look is None or look.dense is None or look.wanted != (method, keep):
             yield gr.skip(), gr.skip()
             return
-        yield from self._pruned(look, method, make_config(method, keep=keep))
+        yield gr.skip(), gr.skip()
+        yield from self._pruned(look, method, keep)
 
     def compare(
         self,
@@ -385,9 +399,9 @@ class App:
             self._wire_video(clip_key, played)
             # The model may still be loading: the page narrows its choices when it is there.
             page.load(
-                shown_errors(self.model_changed),
+                shown_errors(self.narrow),
                 given["model"],
-                [key, asked["method"], compared["methods"], given["world"]],
+                [asked["method"], compared["methods"], given["world"], given["status"]],
                 api_visibility="private",
                 show_progress="hidden",
             )
@@ -417,8 +431,28 @@ class App:
         model = gr.Dropdown(
             list(self.studio.names), value=self.studio.default, label="Model", elem_id="model", info=POCKET
         )
-        gr.Examples(self.examples, picture, label="Examples", elem_id="examples", cache_examples=False)
-        return {"picture": picture, "world": world, "make": make, "question": question, "known": asked, "model": model}
+        status = gr.HTML(pages.note(f"{self.studio.default} is loading …"), elem_id="status", padding=False)
+        examples = gr.Gallery(
+            [(path, scene.name) for path, scene in self.examples],
+            label="Examples",
+            columns=4,
+            height=150,
+            object_fit="contain",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="examples",
+        )
+        return {
+            "picture": picture,
+            "world": world,
+            "make": make,
+            "question": question,
+            "known": asked,
+            "model": model,
+            "status": status,
+            "examples": examples,
+        }
 
     def _method(self, prefix: str) -> dict[str, Any]:
         with gr.Row():
@@ -529,11 +563,11 @@ class App:
         )
         known.input(lambda text: text, known, question, show_progress="hidden", api_visibility="private", queue=False)
         given["model"].input(
-            shown_errors(self.model_changed),
+            shown_errors(self.narrow),
             given["model"],
-            [key, asked["method"], compared["methods"], given["world"]],
+            [asked["method"], compared["methods"], given["world"], given["status"]],
             api_visibility="private",
-        )
+        ).then(lambda: None, None, key, api_visibility="private")  # what another model saw is no longer asked about
 
     def _wire_ask(self, given: dict[str, Any], scene: Any, key: Any, asked: dict[str, Any]) -> None:
         choice = [asked["method"], asked["keep"]]

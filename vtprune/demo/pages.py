@@ -169,6 +169,8 @@ CSS = """
 @media (max-width: 640px) {
   .vt-frame { height: 1040px; }
   .gradio-container { padding: 8px !important; }
+  .gradio-container, .gradio-container .main, .gradio-container main, .gradio-container .wrap,
+  .gradio-container .column, .gradio-container .row { min-width: 0 !important; max-width: 100% !important; }
   .vt-table { font-size: 13px; }
   .vt-table th, .vt-table td { padding-left: 9px !important; }
 }
