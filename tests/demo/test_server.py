@@ -70,7 +70,7 @@ def _own_address() -> str:
 def test_no_file_but_its_own_is_served(server: Server, path: str) -> None:
     for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/theme.css/../"):
         answer = httpx.get(server.url + route + path, follow_redirects=True, timeout=60)
-        assert answer.status_code >= 400 or "root:" not in answer.text and "[project]" not in answer.text, route
+        assert answer.status_code >= 400 or ("root:" not in answer.text and "[project]" not in answer.text), route
         if route.endswith("file="):
             assert answer.status_code in (403, 404), route
 
