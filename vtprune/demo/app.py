@@ -147,8 +147,11 @@ class App:
     def scene_changed(self, picture: Image.Image | None, scene: dict[str, Any] | None, question: str) -> Any:
         """What can be asked about another picture, where that is known."""
         asked = list(self.answers_of(picture, scene)) if picture is not None else []
-        chosen = question if question in asked or not asked else asked[0]
-        return gr.update(choices=asked, value=chosen if asked else None, visible=bool(asked)), chosen
+        if not asked:
+            # What is being typed stays.
+            return gr.update(choices=[], value=None, visible=False), gr.skip()
+        chosen = question if question in asked else asked[0]
+        return gr.update(choices=asked, value=chosen, visible=True), chosen
 
     def narrow(self, name: str) -> Any:
         """Choices that a model has: methods, methods to compare, worlds of scenes; and that it is there."""
@@ -457,7 +460,7 @@ class App:
     def _method(self, prefix: str) -> dict[str, Any]:
         with gr.Row():
             method = gr.Dropdown(
-                ["idpruner"], value="idpruner", label="Method", min_width=140, elem_id=f"{prefix}-method"
+                self.methods, value=self.methods[0], label="Method", min_width=140, elem_id=f"{prefix}-method"
             )
             keep = gr.Slider(
                 1, 100, KEEP, step=1, label="Visual tokens kept, %", min_width=180, elem_id=f"{prefix}-keep", buttons=[]
@@ -597,6 +600,7 @@ class App:
                 streamed_errors(self.answer_again),
                 [key, method, keep],
                 [answers, overlay],
+                trigger_mode="always_last",
                 show_progress="hidden",
                 api_visibility="private",
                 **MODEL_QUEUE,

@@ -244,13 +244,14 @@ class Studio:
         times: Sequence[float] | None,
         fps: float | None,
     ) -> Look:
+        shown = frames
         if times is None:
             inputs = dict(build_inputs(loaded.model, loaded.processor, frames[0], question))
             shown = (viz.seen_image(loaded.processor, inputs, frames[0]),)
         else:
             content = [{"type": "video", "video": list(frames), "fps": fps}, {"type": "text", "text": question}]
             example = Example("demo", "demo", "", ({"role": "user", "content": content},), "")
-            inputs, shown = prepare(loaded.family, loaded.processor, [example]), frames
+            inputs = prepare(loaded.family, loaded.processor, [example])
         tokens = vtprune.encode(loaded.model, inputs)
         return Look(loaded, question, shown, None if times is None else tuple(times), inputs, tokens)
 
@@ -266,7 +267,7 @@ class Studio:
     def recall(self, key: str | None) -> Look | None:
         """The look of that key, if it is still there."""
         with self._lock:
-            if key not in self._looks:
+            if key is None or key not in self._looks:
                 return None
             self._looks.move_to_end(key)
             return self._looks[key]
