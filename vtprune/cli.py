@@ -14,6 +14,7 @@ import json
 import re
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -571,10 +572,10 @@ def look(
     with _quiet(False) as say:
         say(f"loading {model}")
         net, processor = _load(model, device, dtype)
+        from . import viz
         from .lens.probe import check_layers, lens
         from .models import find_family
         from .models.loading import build_inputs
-        from .viz import lens_page, lens_picture, seen_image
 
         family = find_family(net)
         shown = len(family.lm.layers) if layer is None else layer
@@ -583,13 +584,13 @@ def look(
         say("looking")
         seen = lens(net, inputs, None if paged else shown, topk, processor, calibration)
         categories = seen.classes
-        drawn = seen_image(processor, inputs, picture)
+        drawn = viz.seen_image(processor, inputs, picture)
         try:
             if paged:
                 title = f"What {Path(model).name}'s visual tokens say about {image.name}"
-                out.write_text(lens_page(drawn, seen, shown, categories, title=title), encoding="utf-8")
+                out.write_text(viz.lens_page(drawn, seen, shown, categories, title=title), encoding="utf-8")
             else:
-                lens_picture(drawn, seen, shown, categories).save(out, format="PNG")
+                viz.lens(drawn, seen, shown, categories).save(out, format="PNG")
         except OSError as error:
             raise ConfigError(f"cannot write {out} ({error}); choose another path") from None
     console = Console(highlight=False)
@@ -600,6 +601,63 @@ def look(
         console.print(f"{len(seen)} visual tokens", markup=False)
         console.print("note: not classified:", seen.why, markup=False, soft_wrap=True)
     console.print(f"{'page' if paged else 'picture'}: {out}", markup=False)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str, typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name.")
+    ] = "pocket-llava",
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port.", show_default="first free from 7860")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also open a public address, through Gradio.")] = False,
+    auth: Annotated[
+        str | None,
+        typer.Option(help="name:password that everyone must give.", envvar="VTPRUNE_DEMO_AUTH", show_default=False),
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of results for the board.", show_default="benchmarks/results")
+    ] = None,
+    video_backend: Annotated[
+        str | None, typer.Option(help="What reads videos: av or decord.", show_default="first installed")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="For example cpu or cuda:0.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default=False)] = None,
+) -> None:
+    """Try a picture or a video in the browser, and look at the tokens."""
+    from .demo.serve import RESULTS, parse_auth
+
+    pair = parse_auth(auth)
+    if results is not None and not results.is_dir():
+        raise ConfigError(f"--results {results} is no folder; give one that holds what `vtprune eval` wrote")
+    if video_backend is not None:
+        from .video import backends
+
+        if video_backend not in backends():
+            raise ConfigError(
+                f"--video-backend {video_backend} is not installed; found: {', '.join(backends()) or '-'}"
+            )
+    folder = results or (RESULTS if RESULTS.is_dir() else None)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    with _quiet(False) as say:
+        say("starting")
+        _ready(device)
+        from .demo.serve import running
+        from .demo.studio import Studio
+
+        studio = Studio(model, device=device, dtype=dtype)
+        options: dict[str, Any] = {"host": host, "port": port, "share": share, "auth": pair}
+        with running(studio, **options, results=folder, video_backend=video_backend) as address:
+            say(f"loading {model}")
+            studio.load(model)  # a model that cannot be loaded is an error here, not in the browser
+            print(f"vtprune demo: {address} (Ctrl+C ends it)", flush=True)
+            if host not in ("127.0.0.1", "localhost", "::1") or share:
+                print("note: others can reach it" + ("" if pair else "; --auth name:password keeps them out"))
+            say("serving")
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    time.sleep(3600)
 
 
 def _describe(cls: type[Pruner]) -> dict[str, Any]:
