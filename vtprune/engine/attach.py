@@ -297,7 +297,7 @@ class Engine:
         # The one sync of a prefill: the prompt comes to the host, everything about its layout is integers there.
         host_new = new.cpu().numpy()
         host_masks = {m: mask.cpu().numpy() for m, mask in call.masks.items()}
-        layout = probes.match(call, host_masks)
+        layout = probes.match(self.family, call, host_masks, embeds)
         if not host_new.reshape(-1)[layout.position].all():
             raise InputError("the attention mask hides visual tokens; mask only padding")
         position = torch.from_numpy(layout.position).to(embeds.device)
