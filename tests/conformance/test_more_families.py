@@ -117,7 +117,10 @@ def test_beams_of_prompts_with_several_pictures(family: str) -> None:
     """generate() repeats what was encoded, each family its own way: the probes must follow their pictures."""
     model, ref = built(family), reference(family)
     most = most_images_for_beams(family)
-    batch = tiny.collate(samples := [tiny.prompt(model, most, 3), tiny.prompt(model, 1, 4)])
+    samples = [tiny.prompt(model, most, 3), tiny.prompt(model, 1, 4)]
+    if family == "internvl" and most == 1:  # older transformers repeat tiles one by one, too
+        samples = [tiny.sample(model, [3, tiny.Image(1, 1), 6], seed) for seed in (3, 4)]
+    batch = tiny.collate(samples)
     with vtprune.apply(model, "test-probe", keep=KEEP), spy("test-probe") as records:
         out = model.generate(
             **batch, max_new_tokens=3, num_beams=2, do_sample=False, output_scores=True, return_dict_in_generate=True

@@ -61,8 +61,8 @@ class Idefics3(Family):
         for end in ends.tolist():
             crops, between = end - at, gap[at : end - 1]
             cols = crops
-            if len(between):
-                wider = np.flatnonzero(between > between.min())
+            if len(between):  # two words stand before a crop, and one more where a row ends
+                wider = np.flatnonzero(between > (2 if between.min() == between.max() else between.min()))
                 cols = int(wider[0]) + 1 if len(wider) else crops
             rows = crops // cols if cols else 1
             if rows * cols != crops:

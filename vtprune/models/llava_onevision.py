@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import UnsupportedModelError
-from .base import Family, ImageLayout, unique_layouts
+from .base import PIXEL_KEYS, Family, ImageLayout, unique_layouts
 from .llava_next import crop_boxes
 
 
@@ -43,7 +43,8 @@ class LlavaOnevision(Family):
 
     def layouts(self, modality: str, inputs: dict[str, Any]) -> list[ImageLayout]:
         if modality == "video":
-            videos, frames = inputs["pixel_values_videos"].shape[:2]
+            # Older transformers (5.0, 4.57) call the argument pixel_values here, too.
+            videos, frames = next(inputs[key] for key in reversed(PIXEL_KEYS) if key in inputs).shape[:2]
             return [self._video(frames)] * videos
         sizes = [tuple(map(int, size)) for size in torch.as_tensor(inputs["image_sizes"]).tolist()]
         counts = inputs.get("batch_num_images")
