@@ -253,7 +253,7 @@ def test_methods_of_another_package(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     registry.register("far")(Far)
     out = printed_methods(capsys, "far")
     assert re.search(r"^path +required", out, re.MULTILINE) and re.search(r"^steps +\[1, 2\]", out, re.MULTILINE)
-    assert re.search(r"^far +image, video +untested$", out, re.MULTILINE) and "untested: " in out
+    assert re.search(r"^far +image, video +untested\s*$", out, re.MULTILINE) and "untested: " in out
 
 
 def test_methods_does_not_know_a_method(capsys: pytest.CaptureFixture[str]) -> None:

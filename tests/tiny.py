@@ -446,7 +446,9 @@ def collate(samples: Sequence[Inputs], side: str = "left") -> Inputs:
         if key == "pixel_values" and rows and rows[0].ndim == 5:
             most = max(x.shape[1] for x in rows)
             rows = [nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, most - x.shape[1])) for x in rows]
-        elif key == "pixel_values" and rows and rows[0].ndim == 4:  # sides of different length, where families have that
+        elif (
+            key == "pixel_values" and rows and rows[0].ndim == 4
+        ):  # sides of different length, where families have that
             high, wide = (max(x.shape[i] for x in rows) for i in (-2, -1))
             rows = [nn.functional.pad(x, (0, wide - x.shape[-1], 0, high - x.shape[-2])) for x in rows]
         if rows:

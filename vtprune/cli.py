@@ -44,7 +44,7 @@ REPEAT_SECONDS, REPEATS = 2.0, 9
 SERVED = {
     "yes": "the conformance suite runs it, with all that it asks of the encoder",
     "stand-in": "it runs, too; without a CLS token something else takes its place",
-    "no": "refused, because the encoder lacks what the method cannot do without, or its layers lie too low (name others)",
+    "no": "refused, because the encoder lacks what the method needs, or its layers lie too low (name others)",
     "untested": "a method of another package",
 }
 

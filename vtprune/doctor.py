@@ -78,7 +78,12 @@ def _parts(model: nn.Module) -> list[Check]:
     add("model type", vision is not None, f"{kind_of(model)}", f"{kind_of(model)!r} has no vision_config: no pictures")
     inner: Any = model.model if hasattr(model, "lm_head") and hasattr(model, "model") else model
     name = next((n for n in TEXT_MODELS if hasattr(inner, n)), None)
-    add("text model", name, f"{name} of {type(inner).__name__}", f"{type(inner).__name__} has no {' or '.join(TEXT_MODELS)}")
+    add(
+        "text model",
+        name,
+        f"{name} of {type(inner).__name__}",
+        f"{type(inner).__name__} has no {' or '.join(TEXT_MODELS)}",
+    )
     lm = getattr(inner, name) if name else None
     add("layers", hasattr(lm, "layers"), f"{len(getattr(lm, 'layers', ()))}", "the text model has no list of layers")
     rotary = getattr(lm, "rotary_emb", None)
@@ -87,12 +92,16 @@ def _parts(model: nn.Module) -> list[Check]:
         "positions",
         once,
         "one rotary embedding, asked once",
-        "the text model has no rotary_emb" if rotary is None else "its rotary embedding is asked once per kind of layer",
+        "the text model has no rotary_emb"
+        if rotary is None
+        else "its rotary embedding is asked once per kind of layer",
     )
     features = [m for m in ("get_image_features", "get_video_features") if hasattr(type(inner), m)]
     add("encoder", features, ", ".join(features), f"{type(inner).__name__} has no get_image_features")
     ids = {
-        f"{m}_token_{end}": getattr(config, f"{m}_token_{end}", None) for m in ("image", "video") for end in ("id", "index")
+        f"{m}_token_{end}": getattr(config, f"{m}_token_{end}", None)
+        for m in ("image", "video")
+        for end in ("id", "index")
     }
     ids = {k: v for k, v in ids.items() if isinstance(v, int)}
     add("placeholders", ids, ", ".join(f"{k} {v}" for k, v in ids.items()), "the config names no image_token_id")
@@ -107,9 +116,9 @@ def _parts(model: nn.Module) -> list[Check]:
     )
     windows = [i for i, layer in enumerate(getattr(lm, "layers", ())) if _window(layer)]
     add("inside the text model", not windows, "no sliding window", f"layers {windows} have a sliding window")
-    deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    if deep:
-        checks.append(Check("DeepStack", "ok", f"inside the text model, tokens can be dropped from layer {deep - 1} on"))
+    if _deepstack(config):
+        first = _deepstack(config) - 1
+        checks.append(Check("DeepStack", "ok", f"inside the text model, tokens can be dropped from layer {first} on"))
     try:
         family = find_family(model)
         served_as = [served(cls)[kind_of(model) or ""] for cls in methods().values()]
@@ -124,6 +133,12 @@ def _has(module: Any, path: str) -> bool:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module is not None
+
+
+def _deepstack(config: Any) -> int:
+    """How many decoder layers get features of the encoder added."""
+    vision = getattr(config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def _window(layer: Any) -> bool:
@@ -171,7 +186,9 @@ def _rows(model: Any, inputs: Mapping[str, Any]) -> list[Check]:
         note = f"{len(flat)} rows of the projector are those at {len(placed)} placeholders"
         checks.append(Check("one to one", "ok" if same else "no", note if same else note.replace(" are ", " are not ")))
     plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-    checks.append(Check("mask", "ok" if plain else "no", "2-D or none" if plain else "the text model is given a ready mask"))
+    checks.append(
+        Check("mask", "ok" if plain else "no", "2-D or none" if plain else "the text model is given a ready mask")
+    )
     return checks
 
 
@@ -217,9 +234,12 @@ def _pruning(model: Any, inputs: Mapping[str, Any]) -> list[Check]:
         with api.apply(model, "norm", keep=0.25) as handle:
             logits = model(**inputs).logits
             report = handle.report()
-        assert bool(logits.isfinite().all()) and logits.shape == dense.shape, "logits are not finite or of another shape"
+        assert bool(logits.isfinite().all()) and logits.shape == dense.shape, (
+            "logits are not finite or of another shape"
+        )
         assert report.tokens_out < report.tokens_in, "nothing was dropped"
-        return f"{report.tokens_out} of {report.tokens_in} tokens in {sum(len(m.segments) for m in report.images)} segments"
+        segments = sum(len(image.segments) for image in report.images)
+        return f"{report.tokens_out} of {report.tokens_in} tokens in {segments} segments"
 
     def generated() -> str:
         options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -233,7 +253,8 @@ def _pruning(model: Any, inputs: Mapping[str, Any]) -> list[Check]:
         return "with and without a cache alike"
 
     def inside() -> str:
-        layer = max(len(find_family(model).lm.layers) // 2 - 1, 0)
+        family = find_family(model)
+        layer = max(len(family.lm.layers) // 2 - 1, _deepstack(family.config) - 1, 0)
         with api.apply(model, "fastv", keep=0.25, layer=layer) as handle:
             model(**inputs)
             return f"fastv after layer {layer} leaves {handle.report().tokens_out} tokens"

@@ -125,9 +125,7 @@ def test_beams_of_prompts_with_several_pictures(family: str) -> None:
         out = model.generate(
             **batch, max_new_tokens=3, num_beams=2, do_sample=False, output_scores=True, return_dict_in_generate=True
         )
-    kept = kept_of(
-        model, {k: batch[k].repeat_interleave(2, 0) for k in ("input_ids", "attention_mask")}, records
-    )
+    kept = kept_of(model, {k: batch[k].repeat_interleave(2, 0) for k in ("input_ids", "attention_mask")}, records)
     for b, sample in enumerate(samples):
         with vtprune.apply(model, "test-probe", keep=KEEP), spy("test-probe") as alone, torch.no_grad():
             model(**sample)

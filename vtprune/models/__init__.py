@@ -44,14 +44,14 @@ def served(method: type[Pruner]) -> dict[str, str]:
     """How each family serves a method with its default options, by ``model_type``.
 
     ``"yes"``; ``"stand-in"``, where something else takes the place of what the method `wants` and the encoder lacks;
-    ``"no"``, where `vtprune.apply` refuses it (a method whose layers lie too low for DeepStack can be given others); or ``"untested"``, for methods of other packages. The conformance suite
-    runs all pairs of the first three and fails where something else happens.
+    ``"no"``, where `vtprune.apply` refuses it (a method whose layers lie too low for DeepStack can be given others); or
+    ``"untested"``, for methods of other packages. The conformance suite runs all pairs of the first three and fails where
+    something else happens.
     """
     if not method.__module__.startswith("vtprune."):
         return {kind: "untested" for family in FAMILIES for kind in family.model_types}
     pruner = method()
     needs, wants = ({p.name for p in probes} - LAYER_PROBES for probes in (pruner.needs, pruner.wants))
-
 
     def word(family: type[Family]) -> str:
         depth, first = family.usual_layers

@@ -3,8 +3,8 @@
 
 Quirks: the text model is ``text_model``; every view is a run of placeholders of its own, and the model is told of views
 only. The processor puts one and the same token (``<global-img>``) before every view that ends a picture, and the last
-view of a prompt ends one: so the token before a view says where pictures end, and how much stands between two crops says
-where their rows end. Views that a processor adds as padding are all zeros, and make no tokens. Frames of a video are
+view of a prompt ends one: so the token before a view says where pictures end, and how much stands between crops says where
+their rows end. Views that a processor adds as padding are all zeros, and make no tokens. Frames of a video are
 pictures to the model. Tokens come out of a pixel shuffle; what is called the rows before the projector are those after
 it, one per token.
 """
@@ -48,7 +48,11 @@ class Idefics3(Family):
         self, modality: str, layouts: list[ImageLayout], starts: list[int], mask: np.ndarray, ids: np.ndarray | None
     ) -> tuple[list[ImageLayout], list[int]]:
         begin, length = run_lengths(mask)
-        if ids is None or len(begin) != len(layouts) or any(n != v.length for n, v in zip(length, layouts, strict=True)):
+        if (
+            ids is None
+            or len(begin) != len(layouts)
+            or any(n != v.length for n, v in zip(length, layouts, strict=True))
+        ):
             return layouts, starts  # these are not the placeholders of these pictures; whoever matches them says so
         sample, slot = np.divmod(begin, mask.shape[1])
         before = np.where(slot > 0, ids[sample, slot - 1], -1)
@@ -71,4 +75,3 @@ class Idefics3(Family):
             first.append(starts[at])
             at = end + 1
         return made, first
-

@@ -42,9 +42,7 @@ class InternVL(Family):
         pixels, patch = inputs["pixel_values"], self.config.vision_config.patch_size
         patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
         ratio = self.config.downsample_ratio
-        view = single_view(
-            int(pixels.shape[-2] // patch_height * ratio), int(pixels.shape[-1] // patch_width * ratio)
-        )
+        view = single_view(int(pixels.shape[-2] // patch_height * ratio), int(pixels.shape[-1] // patch_width * ratio))
         return [view] * pixels.shape[0]
 
     def arrange(

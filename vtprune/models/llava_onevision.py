@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA-OneVision: AnyRes pictures that are shrunk where they have too many patches, and pooled video frames.
 
-Quirks: a SigLIP tower without CLS; every row of the stitched crops ends with an ``image_newline``, a separator; a picture
-beside others of its prompt has one view and one newline, and so has a video, at its very end. A picture of more than
-about nine crops is shrunk *after* the projector, by interpolation across its crops: its tokens have broken rows and
-columns, belong to the crop that their centre lies in, and their row before the projector is that of the nearest patch.
+Quirks: a SigLIP tower without CLS; every row of the stitched crops ends with an ``image_newline``, a separator; a
+picture beside others of its prompt has one view and one newline, and so has a video, at its very end. A picture of more
+than about nine crops is shrunk *after* the projector, by interpolation across its crops: its tokens have broken rows
+and columns, belong to the crop of their centre, and their row before the projector is that of the nearest patch.
 So is that of the tokens of a video, whose frames are halved in the same way. The layout is not derived again here: the
 model's own ``pack_image_features`` and ``apply_pooling`` are given the numbers of rows and columns.
 """
@@ -53,7 +53,8 @@ class LlavaOnevision(Family):
             alone = [n == 1 for n in torch.as_tensor(counts).tolist() for _ in range(n)]
         aspect = inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
         return unique_layouts(
-            zip(sizes, alone, strict=True), lambda item: self._picture(*item, aspect) if item[1] else self._view(item[0])
+            zip(sizes, alone, strict=True),
+            lambda item: self._picture(item[0], aspect) if item[1] else self._view(item[0]),
         )
 
     def _view(self, size: tuple[int, int]) -> ImageLayout:
@@ -70,7 +71,7 @@ class LlavaOnevision(Family):
             size=size,
         )
 
-    def _picture(self, size: tuple[int, int], alone: bool, aspect: str) -> ImageLayout:
+    def _picture(self, size: tuple[int, int], aspect: str) -> ImageLayout:
         from transformers.models.llava_onevision.modeling_llava_onevision import (
             get_anyres_image_grid_shape,
             image_size_to_num_patches,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixtral and Mistral 3: pictures of any size, a token that ends each row of them, and 2x2 patches per token in Mistral 3.
+"""Pixtral and Mistral 3: pictures of any size, a token at the end of each row; Mistral 3: 2x2 patches per token.
 
-Quirks: Pixtral's ``model_type`` is "llava", with a tower of type "pixtral"; the pictures of a batch go through the tower
-as one sequence, cropped to ``image_sizes``; the token at the end of a row is text to the model (it is no placeholder)
+Quirks: Pixtral's ``model_type`` is "llava", with a tower of type "pixtral"; the pictures of a batch go through it as
+one sequence, cropped to ``image_sizes``; the token at the end of a row is text to the model (it is no placeholder)
 and stays, whatever is dropped. Mistral 3 joins patches inside its projector, which needs to know the picture's size:
 here it is called on the four patches of each token, as one row of a picture two patches high.
 """
@@ -29,8 +29,8 @@ class Pixtral(Family):
         super().__init__(model)
         if getattr(self.config, "vision_feature_select_strategy", "full") == "default":
             raise UnsupportedModelError(
-                "this Pixtral has vision_feature_select_strategy='default', which cuts off a patch of the batch; set it "
-                "to 'full' in the config"
+                "this Pixtral has vision_feature_select_strategy='default', which cuts off a patch; "
+                "set it to 'full' in the config"
             )
 
     @property

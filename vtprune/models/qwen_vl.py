@@ -8,7 +8,7 @@ need ``mm_token_type_ids`` in newer transformers (5.17, not 5.0), without which 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .base import Family, ImageLayout, raster, unique_layouts
 
 
 class QwenVL(Family):
-    model_types = ("qwen2_vl", "qwen2_5_vl")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
     label = "Qwen2-VL / Qwen2.5-VL"
     mrope = True
 
