@@ -85,8 +85,15 @@ def grids_in_order(inputs: tiny.Inputs) -> list[tuple[int, int, int]]:
     while i < len(ids):
         if ids[i] in (tiny.IMAGE, tiny.VIDEO):
             t, h, w = next(images if ids[i] == tiny.IMAGE else videos)
-            grids.append((t, h // 2, w // 2))
-            i += t * h * w // 4
+            frame, apart = h * w // 4, t > 1 and ids[i + h * w // 4] != ids[i]
+            if apart:  # Qwen3-VL: every frame by itself, with words between them
+                for _ in range(t):
+                    i = ids.index(tiny.VIDEO, i)
+                    grids.append((1, h // 2, w // 2))
+                    i += frame
+            else:
+                grids.append((t, h // 2, w // 2))
+                i += t * frame
         else:
             i += 1
     return grids

@@ -45,8 +45,8 @@ def served(method: type[Pruner]) -> dict[str, str]:
 
     ``"yes"``; ``"stand-in"``, where something else takes the place of what the method `wants` and the encoder lacks;
     ``"no"``, where `vtprune.apply` refuses it (a method whose layers lie too low for DeepStack can be given others); or
-    ``"untested"``, for methods of other packages. The conformance suite runs all pairs of the first three and fails where
-    something else happens.
+    ``"untested"``, for methods of other packages. The conformance suite runs all pairs of the first three and fails
+    where something else happens.
     """
     if not method.__module__.startswith("vtprune."):
         return {kind: "untested" for family in FAMILIES for kind in family.model_types}

@@ -3,8 +3,8 @@
 
 Quirks: the text model is ``text_model``; every view is a run of placeholders of its own, and the model is told of views
 only. The processor puts one and the same token (``<global-img>``) before every view that ends a picture, and the last
-view of a prompt ends one: so the token before a view says where pictures end, and how much stands between crops says where
-their rows end. Views that a processor adds as padding are all zeros, and make no tokens. Frames of a video are
+view of a prompt ends one: so the token before a view says where pictures end, and how much stands between crops says
+where rows end. Views that a processor adds as padding are all zeros, and make no tokens. Frames of a video are
 pictures to the model. Tokens come out of a pixel shuffle; what is called the rows before the projector are those after
 it, one per token.
 """
