@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import vtprune
-from benchmarks import accuracy, corematching, icl, kernels, lens, prefill
+from benchmarks import accuracy, corematching, icl, kernels, lens, prefill, video
+from vtprune.eval import runner
 from vtprune.lens import Lens
 from vtprune.lens.probe import View
 from vtprune.models.pocket import data
@@ -240,3 +241,14 @@ def test_the_other_ops_are_timed_and_do_what_the_usual_code_does(
     for op, within in (("attention CLS", 1e-2), ("attention text rows", 1e-2), ("sensitivity frobenius", 5e-2)):
         ours, naive = (x.float().squeeze(1) if x.ndim == 3 else x.float() for x in found[op])
         torch.testing.assert_close(ours, naive, rtol=within, atol=within)
+
+
+def test_the_video_table_is_that_of_accuracy_with_its_own_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr(accuracy, "main", lambda arguments: told.append(arguments) or 0)
+    assert video.main(["--questions", "7"]) == 0
+    (arguments,) = told
+    assert arguments[:4] == ["--model", "pocket-qwen2.5-vl", "--task", "pocketvqa/video"]
+    assert arguments[-2:] == ["--questions", "7"], "what the user gives comes last, and wins"
+    assert {"frames", "evs", "vidcom2"} < set(video.METHODS) < set(arguments)
+    assert len(runner.combinations(video.METHODS, ["1/4", "1/9"])) == 2 * len(video.METHODS)
