@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 import tempfile
 import time
@@ -27,6 +28,7 @@ import transformers
 import vtprune
 from benchmarks.accuracy import RUNS, prefill_ms, synchronize
 from benchmarks.prefill import commit
+from benchmarks.side_by_side import Job, side_by_side
 from vtprune.eval import controls, runner, summarise, tasks
 from vtprune.models import find_family
 from vtprune.models.pocket.worlds import icl
@@ -34,8 +36,8 @@ from vtprune.models.pocket.worlds import icl
 SHOTS = (0, 1, 2, 4, 8)
 KEEPS = ("1/3", "2/9", "1/10")
 METHODS = ("random", "divprune", "fastv", "catp")
-#: Prompts that are timed one by one.
-TIMED = 3
+#: Prompts that are timed, one by one.
+TIMED = 1
 
 
 def task(shots: int) -> tasks.Task:
@@ -93,6 +95,19 @@ def measured(
     }
 
 
+def answers(
+    shots: int, file: Path, model: str, methods: list[str], keep: list[str], split: str, questions: int, batch: int,
+    commit: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """All answers after so many demonstrations, summed up."""
+    loaded = vtprune.load(model, dtype=torch.float32)
+    rows = runner.run(
+        *(*loaded, [task(shots)], methods, keep, file),
+        **{"split": split, "count": questions, "batch": batch, "name": model, "commit": commit, "say": print},
+    )
+    return summarise(rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket-qwen2.5-vl", help="an embedded model, or a folder with a checkpoint")
@@ -111,7 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
         given.shots, given.keep, given.questions, given.batch, timed = [0, 2], ["1/3"], 2, 2, 1
 
     model, processor = vtprune.load(given.model, dtype=torch.float32)
-    where = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+    on_gpu = model.device.type == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else "cpu"
     out = given.out or Path(__file__).parent / "results" / f"icl-{where.lower().replace(' ', '-')}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {
@@ -127,39 +143,41 @@ def main(arguments: list[str] | None = None) -> int:
     plans = runner.combinations(methods, given.keep)
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for shots in given.shots:
-            source = task(shots)
-            rows = runner.run(
-                *(model, processor, [source], methods, given.keep, Path(folder) / f"{shots}.jsonl"),
-                **{"split": given.split, "count": given.questions, "batch": given.batch},
-                **{"name": given.model, "commit": about["commit"], "say": print},
+        jobs: list[Job] = [
+            {"shots": shots, "file": Path(folder) / f"{shots}.jsonl", "methods": methods, "commit": about["commit"]}
+            | {name: getattr(given, name) for name in ("model", "keep", "split", "questions", "batch")}
+            for shots in sorted(given.shots, reverse=True)
+        ]
+        answered = side_by_side(answers, jobs, len(jobs) if on_gpu else 1, math.inf)
+        found = {job["shots"]: rows for job, rows in answered}
+    # The clock runs when the answers are done and the machine is free.
+    for shots in sorted(found):
+        costs = measured(model, processor, task(shots), given.split, plans, timed)
+        for row in found[shots]:
+            lines.append(
+                {
+                    **about,
+                    "shots": shots,
+                    "method": row["method"],
+                    "keep": row["keep"],
+                    "tokens_in": f"{row['tokens_in']:g}",
+                    "tokens_out": f"{row['tokens_out']:g}",
+                    "accuracy": round(row["mean"], 4),
+                    "plus_minus": round((row["high"] - row["low"]) / 2, 4),
+                    "to_dense": round(row["difference"], 4),
+                    "to_dense_low": round(row["difference_low"], 4),
+                    "to_dense_high": round(row["difference_high"], 4),
+                    **costs[row["method"], row["keep"]],
+                }
             )
-            costs = measured(model, processor, source, given.split, plans, timed)
-            for row in summarise(rows):
-                lines.append(
-                    {
-                        **about,
-                        "shots": shots,
-                        "method": row["method"],
-                        "keep": row["keep"],
-                        "tokens_in": f"{row['tokens_in']:g}",
-                        "tokens_out": f"{row['tokens_out']:g}",
-                        "accuracy": round(row["mean"], 4),
-                        "plus_minus": round((row["high"] - row["low"]) / 2, 4),
-                        "to_dense": round(row["difference"], 4),
-                        "to_dense_low": round(row["difference_low"], 4),
-                        "to_dense_high": round(row["difference_high"], 4),
-                        **costs[row["method"], row["keep"]],
-                    }
-                )
-                print({key: value for key, value in lines[-1].items() if key not in about})
-            # After each number of shots: a run that is cut off leaves what it has.
-            with out.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(lines[0]))
-                writer.writeheader()
-                writer.writerows(lines)
+            print({key: value for key, value in lines[-1].items() if key not in about})
+        # After each number of shots: a run that is cut off leaves what it has.
+        with out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
     print(out)
-    return 0
+    return 0 if len(found) == len(given.shots) else 1
 
 
 if __name__ == "__main__":

@@ -206,6 +206,10 @@ def measure(entry: Entry, device: torch.device, table: Table) -> bool:
     return done
 
 
+#: What is timed of each op.
+WHATS = ("ours", "ours, graph", "naive", "floor")
+
+
 def plot(rows: Sequence[Row], out: Path) -> None:
     """Bars on a logarithmic scale: naive, ours and the floor of each op and shape, with a mark at the target."""
     colours = {"naive": "#c8c8c8", "ours": "#2a6fdb", "ours, graph": "#7fb0ff", "floor": "#3aa655"}
@@ -242,6 +246,20 @@ def plot(rows: Sequence[Row], out: Path) -> None:
     picture.save(out)
 
 
+def markdown(file: Path) -> str:
+    """A CSV file of results as a table: one line per op and shape, median milliseconds."""
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    with file.open(encoding="utf-8", newline="") as opened:
+        for row in csv.DictReader(opened):
+            found.setdefault((row["op"], row["shape"]), {})[row["what"]] = row
+    lines = ["| op | shape | target | ours | ours, graph | naive | floor |", "| --- " * 7 + "|"]
+    for (op, shape), cell in found.items():
+        target = next(iter(cell.values()))["target_ms"] or "–"
+        shown = [f"{float(cell[w]['median_ms']):.3g}" if w in cell else "–" for w in WHATS]
+        lines.append("| " + " | ".join([op, shape, target, *shown]) + " |")
+    return "\n".join(lines)
+
+
 def commit() -> str:
     run = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
     return run.stdout.strip() or "unknown"
@@ -254,7 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="small shapes, on any machine")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no op after this many seconds")
     parser.add_argument("--commit", default=None, help="where there is no git repository")
+    parser.add_argument("--report", type=Path, metavar="CSV", help="print the table of such a file, and time nothing")
     args = parser.parse_args(argv)
+    if args.report:
+        print(markdown(args.report))
+        return 0
     for module in CASES:
         importlib.import_module(module)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

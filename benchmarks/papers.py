@@ -423,8 +423,10 @@ def plots(sweep: list[dict[str, str]], zoo: list[dict[str, str]], folder: Path) 
     left.legend(title="dotted: random")
     cell = {row["method"]: row for row in shown if row["world"] == worlds[0]}
     line = [cell[method] for method in SWEEP]
-    right.plot(*_point(line), marker="o", color="C3", label="idpruner, by lambda")
+    right.plot(*_point(line), marker="o", color="black", label="idpruner, by lambda")
     for value, row in zip(LAMBDAS, line, strict=True):
+        if value not in (0, 0.1, 0.2, 0.5, 1):  # the others lie too close to be read
+            continue
         right.annotate(f"{value:g}", (float(row["importance"]), float(row["diversity"])), fontsize=7, xytext=(3, 3),
                        textcoords="offset points")  # fmt: skip
     for method in BESIDE:

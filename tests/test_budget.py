@@ -150,6 +150,8 @@ def test_parse_keep_refuses(text: str, cure: str) -> None:
         (576, 1 / 9, 64),
         (2880, 1 / 9, 320),
         (576, 0.1112, 64),
+        (576, 0.2223, 128),
+        (576, 0.3334, 192),
         (576, 0.1111, 63),  # floor, not round: 63.99
         (10, 0.3, 3),  # 0.3 * 10 falls short of 3 in binary
         (10, 0.7, 7),

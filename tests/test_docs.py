@@ -173,3 +173,62 @@ def test_the_scorer_that_ships_is_as_good_as_the_guide_says() -> None:
             if method == trained:
                 assert float(rows[world, method, keep]["difference_low"]) > 0
     assert (ROOT / "vtprune/models/pocket/pocket-llava/scorer.safetensors").is_file()
+
+
+def test_the_table_of_kernels_is_the_committed_result() -> None:
+    from benchmarks.kernels import markdown
+
+    table = markdown(ROOT / "benchmarks/results/kernels-nvidia-h100-80gb-hbm3.csv")
+    assert table in (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_what_was_measured_inside_are_the_committed_results() -> None:
+    import csv
+
+    def result(name: str) -> list[dict[str, str]]:
+        with (ROOT / f"benchmarks/results/{name}.csv").open(encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    text = (ROOT / "docs/inside.md").read_text(encoding="utf-8")
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    shots = {(r["method"], r["keep"], r["shots"]): r for r in result("icl-nvidia-h200")}
+    lines = [row for row in cells if len(row) == 8 and row[0].startswith("`")]
+    assert 5 * len(lines) == len(shots)
+    for name, *right, prefill, kv in lines:
+        method, _, keep = name.replace("`", "").partition(" ")
+        for number, cell in zip(("0", "1", "2", "4", "8"), right, strict=True):
+            row = shots[method, keep or "1", number]
+            accuracy, _, difference = cell.partition(" ")
+            assert float(accuracy) == pytest.approx(float(row["accuracy"]), abs=5.1e-4)
+            clear = method != "dense" and float(row["to_dense_low"]) * float(row["to_dense_high"]) > 0
+            assert bool(difference) == clear, (name, number)
+            if clear:
+                assert float(difference.strip("()")) == pytest.approx(float(row["to_dense"]), abs=5.1e-4)
+        assert float(prefill) == pytest.approx(float(row["prefill_ms"]), abs=0.051)
+        assert float(kv) == pytest.approx(float(row["kv_kib"]), abs=0.51)
+    halves = result("corematching-decode-h200")
+    lines = [row for row in cells if len(row) == 3 and row[1][0].isdigit()]
+    assert len(lines) == 12
+    for label, *shown in lines:
+        what, _, how = label.partition(", ")
+        beta = re.search(r"beta (.*)", label)
+        kind = ("sparse_ffn" if "sparse" in how else "gathered") if beta else how.partition(" ")[0]
+        for cell, shape in zip(shown, ("llava-1.5-7b", "qwen2.5-vl-7b"), strict=True):
+            row = next(
+                r
+                for r in halves
+                if r["shape"] == shape
+                and (
+                    (r["what"], r["beta"]) == (f"ffn {kind}", beta[1])
+                    if beta
+                    else re.match(
+                        {"tokens": f"{what} tokens$", "neurons,": f"{what} neurons, (32 of 32|28 of 28)"}.get(
+                            kind, rf"{what} tokens\+neurons, (32 of 32|28 of 28)"
+                        ),
+                        r["what"],
+                    )
+                )
+            )
+            times, dense, sparse = (float(x) for x in re.findall(r"\d+\.?\d*", cell)[:3])
+            assert times == pytest.approx(float(row["speedup"]), abs=6e-3), (label, shape)
+            assert (dense, sparse) == pytest.approx((float(row["dense"]), float(row["sparse"])), rel=2e-3)

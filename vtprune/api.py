@@ -62,6 +62,7 @@ def apply(
     allocation: str = "auto",
     importance: str | None = None,
     restore: bool | None = None,
+    compile: str | None = None,
     **options: Any,
 ) -> Handle:
     """Prune the visual tokens of every later forward and ``generate()`` of `model`, in place.
@@ -76,7 +77,7 @@ def apply(
     keep
         A float in (0, 1] is the fraction of visual tokens kept, an int a count per image. Default 0.25. For several
         methods, what the last one leaves, or a number for each: fractions multiply, a count belongs to the last.
-    positions, scope, allocation, restore
+    positions, scope, allocation, restore, compile
         See `PruneConfig` and `Budget`.
     importance
         Shorthand for the option ``importance`` of methods that have one.
@@ -111,6 +112,7 @@ def apply(
         allocation=allocation,
         importance=importance,
         restore=restore,
+        compile=compile,
         **options,
     )
     family = find_family(model)
@@ -125,6 +127,8 @@ def apply(
         if engine.job is None:
             engine.users += 1
         engine.job = job
+        if config.compile is None:
+            engine.drop_graphs()
         engine.reset_counters()
     return Handle(engine, config)
 

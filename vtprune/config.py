@@ -18,6 +18,7 @@ from .registry import Pruner, build, nearest
 
 CONFIG_NAME = "vtprune.json"
 POSITIONS = ("original", "compact")
+COMPILE = (None, "graph")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class PruneConfig:
     restore
         True: hidden states, and so logits, come back at the length of the input, so that labels fit; a dropped token's
         slot carries the row of the last kept token before it. False: they come back at the pruned length, left-padded.
+    compile
+        None, or ``"graph"``: on a CUDA device, the vision tower and the prefill of the language model run as CUDA
+        graphs, captured once for each of a few prompt lengths. What cannot run so runs as ever, and
+        `Report.compiled` says why. Results then differ by rounding from those without, at ``keep=1.0`` too.
     options
         The method's own options. Of several methods, every one that has an option of this name gets it.
 
@@ -57,6 +62,7 @@ class PruneConfig:
     scope: str = "per_image"
     allocation: str = "auto"
     restore: bool = True
+    compile: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     #: The allocation that the method takes where nobody asks for another. Not a field: `replace` works it out again.
@@ -73,6 +79,8 @@ class PruneConfig:
             raise ConfigError(f"positions={self.positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
         if not isinstance(self.restore, bool):
             raise ConfigError(f"restore={self.restore!r} must be True or False")
+        if self.compile not in COMPILE:
+            raise ConfigError(f"compile={self.compile!r} is unknown; choose None or 'graph'")
         if not isinstance(self.options, dict):
             raise ConfigError(f"options={self.options!r} must be a dict of the method's options")
         if isinstance(self.keep, list | tuple) and not isinstance(self.method, str):

@@ -58,8 +58,9 @@ CLS_ROW = Probe("cls_row")
 CLS_LOGITS = Probe("cls_row", softmax=False)
 LAST_CLS_LOGITS = Probe("cls_row", layer=-1, softmax=False)
 PRE_PROJECTOR = Probe("pre_projector")
-#: Probes inside the language model.
-LAYER_PROBES = frozenset({"last_query_row", "text_rows", "hidden", "ffn_act"})
+#: Attention rows of decoder layers, and all probes inside the language model.
+ATTENTION_ROWS = frozenset({"last_query_row", "text_rows"})
+LAYER_PROBES = ATTENTION_ROWS | {"hidden", "ffn_act"}
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class VisualTokens:
         rows = self.features.shape[0]
         # Activations belong to rows of the packed prompt, which are other rows after a stage.
         own = {p: v for p, v in self.probes.items() if p.name != "ffn_act"} if rows else {}
-        probes = {p: v.view(rows, -1, *v.shape[1:])[index].flatten(0, 1) for p, v in own.items()}
+        probes = {p: v.view(rows, len(v) // rows, *v.shape[1:])[index].flatten(0, 1) for p, v in own.items()}
         return replace(
             self,
             features=self.features[index],

@@ -16,7 +16,7 @@ from vtprune.eval import controls, tasks
 from vtprune.kernels import neuron_match
 from vtprune.models import find_family
 
-from .helpers import FLASH, first_call, spy
+from .helpers import FLASH, Record, first_call, spy
 from .test_layer_methods import METHODS
 
 pytestmark = pytest.mark.gpu
@@ -34,37 +34,59 @@ def load(name: str, attention: str, dtype: torch.dtype, device: str = "cuda", co
 
 
 @torch.no_grad()
-def kept(model: nn.Module, inputs: Any, case: str) -> dict[int | None, set[int]]:
-    """Placeholders that are left after each stage."""
+def stages(model: nn.Module, inputs: Any, case: str) -> dict[int | None, Record]:
+    """What was chosen at each stage, and from what."""
     method, options = METHODS[case]
     with vtprune.apply(model, method, keep=KEEP, **options), spy(method) as records:
         logits = model(**inputs, logits_to_keep=1).logits
     assert bool(logits.isfinite().all())
-    return {layer: set(record.kept_source.tolist()) for layer, record in first_call(records).items()}
+    return first_call(records)
 
 
-def agreement(one: set[int], other: set[int]) -> float:
-    return len(one & other) / max(1, len(one | other)) if one or other else 1.0
+def same_fate(one: Record, other: Record) -> float:
+    """Of the tokens that either keeps, the share that both keep."""
+    a, b = (set(record.kept_source.tolist()) for record in (one, other))
+    return len(a & b) / max(1, len(a | b)) if a or b else 1.0
+
+
+def apart(one: Record, other: Record) -> float:
+    """Largest relative difference, in norm, of what the method was shown at a stage."""
+    worst = 0.0
+    for probe, rows in one.tokens.probes.items():
+        if rows.is_floating_point():
+            a, b = rows.double().cpu(), other.tokens.probes[probe].double().cpu()
+            worst = max(worst, float((a - b).norm() / a.norm().clamp(min=1e-30)))
+    return worst
 
 
 @pytest.mark.parametrize("case", METHODS)
 @pytest.mark.parametrize("name", MODELS)
 def test_backends_select_the_same_tokens_in_bf16(name: str, case: str) -> None:
+    """The layers below a stage round differently under each backend, and clip art is full of near ties. So what a
+    method is shown must agree to rounding, and the choices must but for near ties; `-rP` prints the numbers."""
     found = {}
     for attention in ("sdpa", "eager", FLASH):
         model, inputs = load(name, attention, torch.bfloat16)
-        found[attention] = kept(model, inputs, case)
+        found[attention] = stages(model, inputs, case)
     for (a, one), (b, other) in itertools.combinations(found.items(), 2):
-        for layer, rows in one.items():
-            assert agreement(rows, other[layer]) >= 0.995, (a, b, layer, agreement(rows, other[layer]))
+        for number, layer in enumerate(one):
+            agree = same_fate(one[layer], other[layer])
+            print(f"agreement {name}, {case}, {a} and {b}, stage {layer}: {agree:.4f}")
+            if number == 0:  # later stages are shown what the first one left
+                assert apart(one[layer], other[layer]) <= 0.02, (a, b, layer)
+            assert agree >= 0.85, (a, b, layer)
 
 
 @pytest.mark.parametrize("case", METHODS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gpu_selects_as_the_cpu_does_in_fp32(name: str, case: str) -> None:
-    there, here = (kept(*load(name, "sdpa", torch.float32, device, 4), case) for device in ("cuda", "cpu"))
-    for layer, rows in there.items():
-        assert agreement(rows, here[layer]) >= 0.995, layer
+    there, here = (stages(*load(name, "sdpa", torch.float32, device, 4), case) for device in ("cuda", "cpu"))
+    for number, layer in enumerate(there):
+        agree = same_fate(there[layer], here[layer])
+        print(f"agreement {name}, {case}, GPU and CPU, stage {layer}: {agree:.4f}")
+        if number == 0:
+            assert apart(there[layer], here[layer]) <= 1e-3, layer
+        assert agree >= 0.95, layer
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH])

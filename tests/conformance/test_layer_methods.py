@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, QuantizedLayer
 
 import vtprune
 from vtprune.errors import ConfigError, InputError
@@ -353,7 +354,7 @@ def test_a_layer_out_of_range_is_refused_in_one_line(method: str, options: dict[
     assert "\n" not in str(error.value) and hooks(model) == clean
 
 
-@pytest.mark.parametrize("case", ["fastv", "catp", "corematching"])
+@pytest.mark.parametrize("case", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_prompt_lookup_equals_greedy(family: str, case: str) -> None:
@@ -370,7 +371,29 @@ def test_prompt_lookup_equals_greedy(family: str, case: str) -> None:
     assert same(greedy, looked_up)
 
 
-@pytest.mark.parametrize("case", ["fastv", "catp", "corematching"])
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_assisted_decoding_with_a_second_model_equals_greedy(family: str, case: str) -> None:
+    model, draft = tiny.build(family), tiny.build(family, seed=0)
+    for p in draft.parameters():  # nearly the same model: most candidates pass, some do not
+        p.add_(torch.randn_like(p) * 0.01)
+    sample = tiny.prompt(model, 1, seed=8)
+    with applied(model, case):
+        greedy, _ = generate(model, sample, 8)
+        for pruned_draft in (False, True):
+            with ExitStack() as stack:
+                if pruned_draft:
+                    stack.enter_context(applied(draft, case))
+                try:
+                    assisted, _ = generate(model, sample, 8, assistant_model=draft, eos_token_id=NEVER)
+                except InputError as error:
+                    assert COUNTS_THE_CACHE and "\n" not in str(error)
+                    continue
+            assert same(assisted, greedy)
+
+
+@pytest.mark.parametrize("case", METHODS)
 @torch.no_grad()
 def test_attention_maps_can_be_asked_for(case: str) -> None:
     model = tiny.build("llava", "eager")
@@ -397,7 +420,7 @@ def test_prompts_without_text() -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("case", ["fastv", "catp", "corematching", "visual-exit"])
+@pytest.mark.parametrize("case", METHODS)
 @torch.no_grad()
 def test_a_static_cache_is_refused_in_one_line(case: str) -> None:
     from transformers import StaticCache
@@ -407,4 +430,93 @@ def test_a_static_cache_is_refused_in_one_line(case: str) -> None:
     cache = StaticCache(config=model.config.text_config, max_cache_len=96)
     with pytest.raises(InputError, match="dynamic cache") as error, applied(model, case):
         model(**sample, past_key_values=cache, use_cache=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_layers_below_deepstack_are_refused_in_one_line(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava")
+    monkeypatch.setattr(model.config.vision_config, "deepstack_visual_indexes", [0, 1, 2, 3], raising=False)
+    clean = hooks(model)
+    with pytest.raises(ConfigError, match=r"DeepStack\); choose a layer from 3 on") as error, applied(model, case):
+        pass
+    assert "\n" not in str(error.value) and hooks(model) == clean
+
+
+class Exact(QuantizedLayer):
+    """A quantised layer that loses nothing: it keeps keys and values where only it finds them."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        return tensor.clone()
+
+    def _dequantize(self, q_tensor: torch.Tensor) -> torch.Tensor:
+        return q_tensor
+
+
+class Away(DynamicCache):
+    """Keys and values leave the device as soon as a layer has read them, as those of an offloaded cache do."""
+
+    @property
+    def offloading(self) -> bool:
+        return True
+
+    @offloading.setter
+    def offloading(self, value: bool) -> None:
+        pass
+
+    def prefetch(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def offload(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        if len(self.layers) > layer and hasattr(self, "host"):
+            self.layers[layer].keys = self.host.pop(layer)
+        out = super().update(keys, values, layer, *args, **kwargs)
+        self.host = {**getattr(self, "host", {}), layer: self.layers[layer].keys}
+        self.layers[layer].keys = self.layers[layer].keys.to("meta")
+        return out
+
+
+def quantised() -> Cache:
+    return Cache(layers=[Exact(residual_length=64) for _ in range(tiny.LAYERS)])
+
+
+@pytest.mark.parametrize("make", [quantised, Away], ids=["quantised", "offloaded"])
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_caches_that_put_keys_away_serve_a_prompt_and_its_answer(family: str, case: str, make: Any) -> None:
+    model = tiny.build(family)
+    batch = tiny.collate(tiny.mixed(model))
+    with applied(model, case):
+        plain, expected = generate(model, batch, 6)
+        found, logits = generate(model, batch, 6, past_key_values=make())
+    assert same(found, plain) and same(logits, expected)
+
+
+@pytest.mark.parametrize("make, word", [(quantised, "quantised"), (Away, "offloaded")], ids=["quantised", "offloaded"])
+@torch.no_grad()
+def test_a_second_prompt_on_such_a_cache_works_or_is_refused_in_one_line(make: Any, word: str) -> None:
+    model = tiny.build("llava")
+    first, second = tiny.prompt(model, 1), tiny.prompt(model, 2, seed=1)
+    seen = torch.ones(1, first["input_ids"].shape[1] + second["input_ids"].shape[1], dtype=torch.int64)
+    for case in METHODS:
+        with applied(model, case):
+            cache = model(**first, past_key_values=make(), use_cache=True).past_key_values
+            then = {**second, "attention_mask": seen, "past_key_values": cache}
+            if METHODS[case][0] in ("fastv", "pyramiddrop", "sparsevlm", "catp"):
+                with pytest.raises(InputError, match=f"a cache that is {word}") as error:
+                    model(**then)
+                assert "\n" not in str(error.value)
+                continue
+            found = model(**then).logits
+            plain = model(**first, use_cache=True).past_key_values
+            assert same(found, model(**{**then, "past_key_values": plain}).logits), case
+    with (
+        vtprune.apply(model, "corematching", prune_early_kv=True),
+        pytest.raises(InputError, match=f"one that is {word}; leave it off") as error,
+    ):
+        model(**first, past_key_values=make(), use_cache=True)
     assert "\n" not in str(error.value)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from helpers import Declared
-from torch import Tensor
+from torch import Tensor, nn
 
 import vtprune
 from vtprune import registry
@@ -164,6 +165,56 @@ def test_what_a_model_lacks_is_refused_in_one_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UnsupportedModelError, match=r"decoder layer 1") as error:
         vtprune.apply(model, "fastv", layer=1)
     assert "\n" not in str(error.value)
+
+
+def on(text: Any) -> nn.Module:
+    """A LLaVA whose language model is of another family."""
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=tiny.build("llava").config.vision_config,
+        text_config=text,
+        image_token_index=tiny.IMAGE,
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+TEXT = dict(
+    vocab_size=tiny.VOCABULARY,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+@torch.no_grad()
+def test_partial_rotary_turns_the_first_dimensions_of_a_head() -> None:
+    """Phi turns half of each head; the row is that of its own attention map."""
+    model = on(transformers.PhiConfig(**TEXT, partial_rotary_factor=0.5))
+    assert find_family(model).lm.layers[1].self_attn.head_dim == 16
+    sample = tiny.prompt(tiny.build("llava"), 2)
+    with vtprune.apply(model, "fastv", layer=1, keep=0.5), spy("fastv") as records:
+        model(**sample)
+    model.set_attn_implementation("eager")
+    maps = model(**sample, output_attentions=True).attentions
+    slots = placeholder_mask(model, sample["input_ids"][0]).nonzero().flatten()
+    found = records[0].tokens.probes[Probe("last_query_row", 1)]
+    torch.testing.assert_close(found, maps[1][0].mean(0)[-1, slots], rtol=1e-4, atol=2e-5)
+
+
+def test_heads_that_are_turned_or_normalised_in_another_way_are_refused_in_one_line() -> None:
+    glm = transformers.GlmConfig(**TEXT, head_dim=16)
+    for text in (glm, transformers.PhiConfig(**TEXT, qk_layernorm=True)):
+        with pytest.raises(UnsupportedModelError, match=r"'last_query_row' of decoder layer 1") as error:
+            vtprune.apply(on(text), "fastv", layer=1)
+        assert "\n" not in str(error.value)
 
 
 def test_layers_below_deepstack_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

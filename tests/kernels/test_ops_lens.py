@@ -57,6 +57,24 @@ def test_topk_finds_what_pytorch_finds(dtype: torch.dtype, tiles: None, poison: 
     check(x, table, 3)
 
 
+def test_the_analytic_vectors() -> None:
+    """Specification 3.8: the four cosines of (10, 1), any length of it, and a word that finds itself."""
+    table = torch.zeros(4, 16)
+    table[:, :2] = torch.tensor([(1, 0), (0, 1), (-1, 0), (0.6, 0.8)])
+    h = torch.zeros(3, 16)
+    h[:, :2] = torch.tensor([(10.0, 1), (1e-3, 1e-4), (1e6, 1e5)])
+    h, table = h.to(DEVICE), table.to(DEVICE)
+    for backend in ("torch", "triton"):
+        values, ids = op.lens_topk(h, table, 4, backend=backend)
+        assert ids.tolist() == [[0, 3, 1, 2]] * 3
+        expected = torch.tensor([0.99504, 0.67663, 0.09950, -0.99504], device=DEVICE).expand(3, 4)
+        torch.testing.assert_close(values, expected, rtol=0, atol=2e-5)
+        _, words = problem(7, 20, 16)
+        words[13] = words[4]  # copies tie to the lowest
+        own = op.lens_topk(3.7 * words, words, 1, backend=backend)[1].flatten()
+        assert own.tolist() == [4 if i == 13 else i for i in range(20)]
+
+
 def test_more_than_there_are(tiles: None) -> None:
     x, table = problem(3, 7, 16)
     inverse = op.inverse_norms(table, torch.tensor([1, 1, 0, 1, 1, 1, 0], device=DEVICE).bool())

@@ -177,6 +177,18 @@ def test_the_same_alone_in_a_batch_and_again(h: float) -> None:
 
 
 @full
+@pytest.mark.parametrize("m", [16, 32, 64])
+@pytest.mark.parametrize("h", [0.0, 0.01, 2.0])
+def test_no_tile_is_overwritten_while_it_is_read(m: int, h: float) -> None:
+    """A race shows now and then only: many runs, with other work in between."""
+    x, layers, directions = problem(300, 128, 4096, 512, m, torch.bfloat16)
+    first = check(x, layers, directions, h, 6e-3)
+    for _ in range(40):
+        torch.randn(1 << 22, device=x.device)
+        assert torch.equal(op.mean_change(x, layers, directions, h, backend="triton"), first)
+
+
+@full
 def test_no_op_waits_and_a_graph_replays() -> None:
     x, layers, directions = problem(65, 64, 128, 128, 64, torch.bfloat16)
     gram = gram_of(layers).bfloat16()

@@ -127,3 +127,41 @@ def test_the_shipped_calibration_sorts_a_pocket_model(pocket: tuple[Any, Any]) -
     with pytest.warns(UserWarning, match="2 pictures is a guess"):
         small = clusters.calibrate(model, processor, images[:2], seeds=(0,))
     assert dataclasses.replace(small, evidence={}).width == 256 and "dead" in small.classes
+
+
+def test_rows_on_the_host_are_bounded_and_drawn_alike_at_both_layers(
+    pocket: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtprune.models import find_family
+    from vtprune.models.pocket.data import render, scene
+
+    model, processor = pocket
+    images = [render(scene("val", i)) for i in range(3)]
+    family = find_family(model)
+    table = family.vocabulary
+    inverse = clusters.inverse_norms(table)
+    whole = clusters._collect(model, processor, images, table, inverse, 3)
+    first = clusters._first_tokens(family, processor, images, 576)
+    assert [len(part) for part in (*whole, first)] == [3 * 576] * 4
+    monkeypatch.setattr(clusters, "HELD", 3 * 100 * table.shape[1])
+    some = clusters._collect(model, processor, images, table, inverse, 3)
+    drawn = torch.cat([576 * i + clusters._draw(576, 100, i) for i in range(3)])
+    assert len(drawn.unique()) == 300 and not torch.equal(drawn[:100] + 576, drawn[100:200])
+    for found, all_of_them in zip(some, whole, strict=True):
+        assert torch.equal(found, all_of_them[drawn])
+    assert torch.equal(clusters._first_tokens(family, processor, images, 100), first[drawn])
+
+
+def test_likeness_is_the_cosine_to_the_nearest_mean_or_anchor(invented: Calibration) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, table = torch.randn(600, 32, generator=generator), torch.randn(120, 32, generator=generator)
+    rows[7] = torch.nan
+    found = invented.similarity(rows, table, ("dead",))
+    anchors = table[list(invented.anchors["dead"])].double()
+    wanted = torch.cosine_similarity(rows.double()[:, None], anchors[None], dim=2).amax(1)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6, equal_nan=True)
+    mean = dataclasses.replace(invented, anchors={}, means={"dead": tuple(anchors[0].tolist())})
+    wanted = torch.cosine_similarity(rows.double(), anchors[:1], dim=1)
+    torch.testing.assert_close(
+        mean.similarity(rows, table, ("dead",)).double(), wanted, rtol=0, atol=1e-6, equal_nan=True
+    )

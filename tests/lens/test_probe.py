@@ -95,6 +95,7 @@ def test_words_records_and_json(pocket: tuple[Any, Any], monkeypatch: pytest.Mon
     seen = vtprune.lens(model, inputs, layers=[0, 6], topk=3, processor=processor)
     assert seen.word(int(seen.ids[0, 0, 0])) in processor.tokenizer.get_vocab()
     assert 0 not in seen.ids and 4 not in seen.ids  # padding and the placeholder
+    assert seen.checkpoint == "pocket-llava" and model.config._name_or_path not in seen.to_json()
     again = Lens.from_json(seen.to_json())
     for field in dataclasses.fields(Lens):
         mine, its = getattr(seen, field.name), getattr(again, field.name)
@@ -123,7 +124,7 @@ def test_words_records_and_json(pocket: tuple[Any, Any], monkeypatch: pytest.Mon
         Lens.from_json('{"format": 9}')
 
 
-def test_what_is_refused(invented: Calibration) -> None:
+def test_what_is_refused(invented: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llava")
     sample = tiny.prompt(model, 1)
     clean = hook_count(model)
@@ -141,6 +142,9 @@ def test_what_is_refused(invented: Calibration) -> None:
     assert seen.layers == (1,) and seen.classes is None
     with pytest.raises(ConfigError, match="no calibration"):
         seen.categories()
+    monkeypatch.setattr(model.config, "_name_or_path", "/home/someone/models/mine/")
+    away = vtprune.lens(model, sample, layers=[1], topk=2)
+    assert away.checkpoint == "mine" and "mine" in away.why and "someone" not in away.to_json()
     found = vtprune.lens(
         model, sample, layers=[1], topk=2, calibration=invented
     )  # classes are told at layer 0 all the same
@@ -149,6 +153,22 @@ def test_what_is_refused(invented: Calibration) -> None:
     for i, name in enumerate(found.categories().names):
         by_words = np.isin(nearest, invented.anchors[name]).any(1)
         assert np.array_equal(found.categories().members[:, i], by_words), name
+
+
+def test_on_several_devices_rows_come_to_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of a large model is gigabytes; the rows of a prompt are not."""
+    model = tiny.build("llava")
+    table = model.get_input_embeddings().weight
+    moved: list[int] = []
+    plain = Tensor.to
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        moved.append(self.shape[0] if self.ndim == 2 and self.shape == table.shape else 0)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    vtprune.lens(model, tiny.prompt(model, 1), topk=2)
+    assert moved and not any(moved)
 
 
 def test_ties_multiples_and_untrained_rows() -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import vtprune
 from vtprune.errors import ConfigError
 from vtprune.models import loading
-from vtprune.models.pocket import batch, card, data, export, layout, qwen, vocab, worlds
+from vtprune.models.pocket import batch, card, data, export, layout, qwen, score, train, vocab, worlds
 from vtprune.models.pocket import next as anyres
 from vtprune.models.pocket.families import FAMILIES
 from vtprune.models.pocket.model import LOG_FILE, PIXEL_MEAN, PIXEL_STD, STATE_FILE
@@ -111,6 +111,35 @@ def test_model_card_follows_from_the_log(shipped):
     parameters = sum(p.numel() for p in model.parameters())
     size = (folder / layout.WEIGHTS_FILE).stat().st_size
     assert (folder / "README.md").read_text() == card.model_card(name, log, parameters, size)
+
+
+def test_a_folder_is_scored_and_its_card_says_so(tmp_path, monkeypatch):
+    """The shipped weights on a few questions, by the code that scores a training run."""
+    name, folder = "pocket-llava", tmp_path / "pocket-llava"
+    shutil.copytree(export.HERE / name, folder)
+    row = score.score(name, folder, ("basic",), 18, "cpu")
+    assert row["basic/mean"] >= 0.9 and row["event"] == "test" and row["questions"] == 18
+    assert {key for key in row if "/" in key} == {f"basic/{k}" for k in ("mean", *data.KINDS)}
+    with pytest.raises(ValueError, match="'video'"):
+        score.score(name, folder, ("video",), 6, "cpu")
+    with pytest.raises(ValueError, match="no weights"):
+        score.score(name, tmp_path, ("basic",), 6, "cpu")
+    with pytest.raises(ValueError, match="easy-vqa are missing"):
+        score.write(name, row, folder)
+    monkeypatch.setitem(train.EXAMS, name, ("basic",))
+    before = (folder / "README.md").read_text()
+    score.write(name, row, folder)
+    log, text = export.read_log(folder / LOG_FILE), (folder / "README.md").read_text()
+    assert log[-1] == row and sum(r.get("event") == "test" for r in log) == 1 and card.is_finished(log)
+    assert f"pocket.score {name}`" in text and row["weights"][:12] in text and "to 18 test questions" in text
+    assert f"pocket.score {name}`" not in before
+    with pytest.raises(ValueError, match="other weights"):
+        score.write(name, {**row, "weights": "0"}, folder)
+
+    weights = load_file(folder / layout.WEIGHTS_FILE)
+    save_file({key: w * (0 if "embed" in key else 1) for key, w in weights.items()}, folder / layout.WEIGHTS_FILE)
+    blind = score.score(name, folder, ("basic",), 6, "cpu")
+    assert blind["basic/mean"] < 0.5 and blind["weights"] != row["weights"]
 
 
 @pytest.mark.parametrize(

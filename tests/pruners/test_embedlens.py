@@ -63,6 +63,10 @@ def test_drop_only_and_control() -> None:
     assert kept(alive, mode="drop", calibration=two) == kept(alive, mode="control", calibration=two) == [0, 1, 2]
     # More than half match: the control drops all the others.
     assert kept(ROWS[[2, 3, 4]], mode="control", calibration=two) == [0, 1]
+    # Random is matched then too: two of the three go, whichever they are.
+    found = [kept(ROWS[[2, 3, 4]], mode="random", calibration=two, seed=s) for s in range(30)]
+    assert {len(one) for one in found} == {1} and {i for one in found for i in one} == {0, 1, 2}
+    assert len(kept(ROWS, mode="random", calibration=two)) == 3
     # All match: the one that is least like the anchor (-1, 0) stays.
     assert kept(ROWS[[2, 3]], mode="drop", calibration=two) == [1]
     # keep=1.0 drops nothing in a model, but a selection is what the mode says whatever the budget.

@@ -241,6 +241,57 @@ def test_an_image_is_not_moved_by_its_neighbours() -> None:
         assert torch.arange(len(two.source))[image.rows].equal(rows)
 
 
+@pytest.mark.parametrize("size", [(112, 112), (100, 60), (40, 110)])
+@torch.no_grad()
+def test_everything_is_the_prompt_as_it_is_and_newlines_are_one_per_row_with_tokens(size: tuple[int, int]) -> None:
+    """Specification 2.10.3, with the model: raster order, so that keeping all changes no bit."""
+    model = tiny.build("llava_next")
+    sample = tiny.sample(model, [2, Image(*size), 3])
+    dense = model(**sample).logits
+    with vtprune.apply(model, "globalcom2", keep=1.0):
+        assert torch.equal(model(**sample).logits, dense)
+    tokens = vtprune.encode(model, sample)
+    placeholders = int((sample["input_ids"] == model.config.image_token_id).sum())
+    crops = tokens.coords[tokens.seqlens[0] :].long()
+    side, (_, _, wide) = tokens.seg_grid[0][0], tokens.image_grid[0]
+    view = torch.arange(len(tokens.seqlens) - 1).repeat_interleave(torch.tensor(tokens.seqlens[1:]))
+    rows = (view // wide * side + crops[:, 1]).unique()
+    assert placeholders - len(tokens.source) == len(rows)
+    with vtprune.apply(model, "globalcom2", keep=0.25, restore=False) as handle:
+        length = model(**sample).logits.shape[1]
+        assert length == sample["input_ids"].shape[1] - len(tokens.source) + handle.report().tokens_out
+
+
+def test_another_picture_in_the_prompt_moves_nothing_and_is_not_moved() -> None:
+    """Specification 2.10.4, in one prompt."""
+    model = tiny.build("llava_next")
+    sizes = Image(100, 60), Image(40, 110)
+    both = vtprune.encode(model, tiny.sample(model, [2, sizes[0], 3, sizes[1], 2]))
+    start = both.image_lens[0]
+    for image, rows in enumerate((slice(0, start), slice(start, None))):
+        views = [i for i, of in enumerate(both.seg_image) if of == image]
+        only = replace(
+            both,
+            features=both.features[rows],
+            seqlens=tuple(both.seqlens[i] for i in views),
+            source=both.source[rows],
+            coords=both.coords[rows],
+            seg_image=(0,) * len(views),
+            image_sample=(0,),
+            seg_kind=tuple(both.seg_kind[i] for i in views),
+            seg_grid=tuple(both.seg_grid[i] for i in views),
+            seg_box=tuple(both.seg_box[i] for i in views),
+            image_grid=(both.image_grid[image],),
+            image_size=(both.image_size[image],),
+            probes={p: v[rows] for p, v in both.probes.items() if p == LAST_CLS_LOGITS},
+            ctx={},
+        )
+        for keep in (0.3, 9):
+            picks = vtprune.select(replace(both, ctx={}), "globalcom2", keep=keep).index
+            mine = picks[(picks < start) if image == 0 else (picks >= start)] - image * start
+            assert torch.equal(mine, vtprune.select(only, "globalcom2", keep=keep).index)
+
+
 def test_one_view_keeps_its_best() -> None:
     tokens = make_tokens([[[(4, 4)]], [[(3, 5)]]], cls_row=True)
     assert build("globalcom2", {}).select(tokens, Budget(5, allocation=AUTO)).index.tolist() == sorted(

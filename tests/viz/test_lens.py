@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -13,7 +14,7 @@ from PIL import Image
 from vtprune.lens import Categories, Lens
 from vtprune.lens.probe import View
 from vtprune.viz import lens_page, lens_picture
-from vtprune.viz.lens import COLORS
+from vtprune.viz.lens import COLORS, spelled_out
 
 WORDS = {5: "red", 6: "</script>", 7: "a&b", 8: "circle"}
 
@@ -88,3 +89,24 @@ def test_views_and_frames_are_panels() -> None:
     data = data_of(lens_page(shades, seen_of(*frames), 0))
     assert [p["title"] for p in data["panels"]] == ["frame 1", "frame 2", "frame 3"]
     assert len({p["src"] for p in data["panels"]}) == 3
+
+
+def test_letters_that_the_font_lacks_are_spelled_out() -> None:
+    spelled = {
+        "red": "red",
+        "naïve": "naive",
+        "猫": "u732B",
+        "日本": "u65E5 u672C",
+        "かな": "ka na",
+        "한국": "han gug",
+        "ж": "zhe",
+        "a猫b": "a u732B b",
+        "": "",
+    }
+    assert {word: spelled_out(word) for word in spelled} == spelled
+    image = Image.new("RGB", (90, 60))
+    words = {**WORDS, 5: "猫", 8: "犬"}
+    cat = dataclasses.replace(seen_of(ONE), words=words)
+    dog = dataclasses.replace(cat, words={**words, 5: "犬"})
+    assert lens_picture(image, cat, 0).tobytes() != lens_picture(image, dog, 0).tobytes(), "boxes look alike"
+    assert "猫" in data_of(lens_page(image, cat, 0))["words"], "browsers have other fonts"

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from ..config import PruneConfig
 from ..errors import ConfigError, InputError, UnsupportedModelError, VTPruneError, VTPruneWarning
 from ..models.base import PIXEL_KEYS, Family
-from ..tokens import LAYER_PROBES, Probe, Stage
+from ..tokens import ATTENTION_ROWS, LAYER_PROBES, Probe, Stage
 from . import layer_probes, probes
 from . import positions as pos
 from .call import Call, Encoded, Job
 from .entry import hold_back
+from .graph import PrefillGraphs, Unfit
 from .layers import enter_layer, prune_cache
 from .prefill import prune_prompt, unpack
 from .report import Report, make_report
@@ -81,6 +82,8 @@ class Engine:
         self.first_hooked_layer = len(family.lm.layers)
         self.hooked_probes: set[Probe] = set()
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.graphs: PrefillGraphs | None = None
+        self.no_graphs = ""
         self.reset_counters()
 
     last_report: Callable[[], Report] | None
@@ -124,6 +127,7 @@ class Engine:
             self._hook_outer(family.model)
 
     def detach(self) -> None:
+        self.drop_graphs()
         for handle in self.handles:
             handle.remove()
         self.handles, self.first_hooked_layer = [], len(self.family.lm.layers)
@@ -149,9 +153,10 @@ class Engine:
             has_probe = self.family.has_layer_probe if probe.name in LAYER_PROBES else self.family.has_probe
             if not has_probe(probe):
                 part = "decoder" if probe.name in LAYER_PROBES else "encoder"
+                has = "cannot give" if probe.name in ATTENTION_ROWS else "does not have"
                 raise UnsupportedModelError(
                     f"method {config.method!r} needs {probe.name!r} of {part} layer {probe.layer}, which this "
-                    f"{self.family.label} {part} does not have; choose another method"
+                    f"{self.family.label} {part} {has}; choose another method"
                     + (" or importance='auto'" if probe.name == "cls_row" else "")
                 )
         budget = config.budget()
@@ -162,7 +167,32 @@ class Engine:
         if job.layer_stages:
             self._hook_layers(min(job.layer_stages))
         self._hook_layer_probes(inside)
+        if config.compile is not None:
+            self._make_graphs()
         return job
+
+    def _make_graphs(self) -> None:
+        """Make ready to capture, or note why that cannot be. What was captured stays while it is sound."""
+        with LOCK:
+            if self.graphs is not None and self.graphs.tampered():
+                self.drop_graphs()
+            if self.graphs is None:
+                try:
+                    self.graphs = PrefillGraphs(
+                        self.family,
+                        self.tap,
+                        self.active_job,
+                        lambda: self.local.call,
+                        lambda: {handle.id for handle in self.handles},
+                    )
+                except Unfit as why:
+                    self.no_graphs = str(why)
+
+    def drop_graphs(self) -> None:
+        """Free the graphs, and take their wrappers off the model."""
+        if self.graphs is not None:
+            self.graphs.detach()
+            self.graphs, self.no_graphs = None, "it was taken off the model"
 
     def _check_stage(self, config: PruneConfig, stage: Stage) -> None:
         """Refuse a layer that does not exist, and one that needs the rows of dropped tokens later on."""
@@ -294,19 +324,22 @@ class Engine:
         """A prompt with pictures, on an empty or a filled cache; False where there is nothing to drop."""
         embeds, job = kw["inputs_embeds"], call.job
         new = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if valid is None else valid
-        # The one sync of a prefill: the prompt comes to the host, everything about its layout is integers there.
-        host_new = new.cpu().numpy()
-        host_masks = {m: mask.cpu().numpy() for m, mask in call.masks.items()}
-        layout = probes.match(self.family, call, host_masks, embeds)
+        if self.graphs is not None and job is not None and job.config.compile is not None:
+            call.tampered = self.graphs.tampered()
+        host_new, host_masks, host_ids = probes.to_host(self.family, call.ids, call.masks, new)
+        layout = probes.match(self.family, call, host_masks, host_ids, embeds)
         if not host_new.reshape(-1)[layout.position].all():
             raise InputError("the attention mask hides visual tokens; mask only padding")
-        position = torch.from_numpy(layout.position).to(embeds.device)
+        position = probes.upload(layout.position, embeds.device)
         call.tokens = probes.tokens_of(self.family, call, layout, embeds, position)
         if self.local.encode is not None or (job is not None and job.pruner.query_aware):
-            call.tokens = probes.with_question(self.family, call.tokens, call, layout, embeds, host_new, host_masks)
+            call.tokens = probes.with_question(
+                self.family, call.tokens, call, layout, embeds, host_new, host_masks, host_ids
+            )
         if self.local.encode is not None:
             raise Encoded(call.tokens)
         call.slots = position
+        call.watched = bool(self.local.watchers)
         for watch in self.local.watchers:
             watch(call)
         rows = host_new.sum(1)
@@ -321,9 +354,20 @@ class Engine:
             return True
         if job is not None:  # the report is made when someone asks, so that a forward never waits for it
             self.local.report = self.last_report = functools.partial(
-                make_report, job.config, layout, rows.tolist(), call.trace, call.counts, self.family.config.text_config
+                make_report,
+                job.config,
+                layout,
+                rows.tolist(),
+                call.trace,
+                call.counts,
+                self.family.config.text_config,
+                call.compiled,
             )
-        if not _force_pack.get() and state is None and (job is None or job.keeps_everything(call.tokens)):
+            if job.config.compile is not None and self.graphs is None:
+                call.compiled["language model"] = f"eager: {self.no_graphs}"
+        as_graph = self.graphs is not None and job is not None and job.config.compile is not None
+        packs = as_graph or _force_pack.get()  # a graph runs packed prompts, also where nothing is dropped
+        if not packs and state is None and (job is None or job.keeps_everything(call.tokens)):
             if job is not None:
                 self._note_nothing_dropped(job, max(call.tokens.image_lens, default=0))
             return False
@@ -340,6 +384,17 @@ class Engine:
                 f"a {type(call.cache).__name__} has one length for all layers, but pruning inside the language model "
                 "gives each its own; use a dynamic cache, or a method that prunes at the projector"
             )
+        if (away := layer_probes.put_away(call.cache)) and call.job is not None:
+            if call.job.pruner.prune_early_kv:
+                raise InputError(
+                    f"prune_early_kv takes tokens out of caches, which does not work with one that is {away}; leave it "
+                    "off, or use a plain dynamic cache"
+                )
+            if call.past and any(probe.name in ATTENTION_ROWS for probe in call.job.layer_probes):
+                raise InputError(
+                    f"{call.job.config.label!r} reads the keys of earlier turns, which a cache that is {away} does not "
+                    "have at hand; use a plain dynamic cache, or a method that prunes at the projector"
+                )
         if module_checkpoints(self.family.lm):
             raise UnsupportedModelError(
                 "changing the rows inside the language model does not work with gradient checkpointing, which runs "

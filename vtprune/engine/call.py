@@ -130,6 +130,12 @@ class Call:
         Where visual tokens enter between two layers, what enters and where.
     marks
         What watchers (see `attach.watching`) noted about this call, each under its own key.
+    watched
+        Whether there are any.
+    tampered
+        Why a graph of the language model would not do what the model does, if something was done to the model.
+    compiled
+        How parts of the model ran, where `PruneConfig.compile` asked for graphs.
     """
 
     job: Job | None
@@ -153,6 +159,9 @@ class Call:
     layer_masks: dict[int, Tensor | None] = field(default_factory=dict)
     entry: Entry | None = None
     marks: dict[Any, Any] = field(default_factory=dict)
+    watched: bool = False
+    tampered: str = ""
+    compiled: dict[str, str] = field(default_factory=dict)
 
     def set_sequence(self, kw: dict[str, Any], embeds: Tensor, positions: Tensor) -> None:
         """Hand the text model its rows, an explicit mask, contiguous positions, and the true ones to its rotary.

@@ -71,6 +71,15 @@ def row_of(slots: Tensor, width: int, lens: Sequence[int]) -> Tensor:
     return slots + shift[slots // width]
 
 
+def put_away(cache: Any) -> str | None:
+    """Why the keys of a cache cannot be read as they are between two layers, in one word; None where they can."""
+    if getattr(cache, "offloading", False):
+        return "offloaded"
+    if any(hasattr(layer, "_dequantize") for layer in getattr(cache, "layers", ())):
+        return "quantised"
+    return None
+
+
 def _slots(call: Call, device: torch.device) -> Tensor:
     assert call.slots is not None
     return call.slots.to(device)
@@ -92,7 +101,10 @@ def _rows(
         query, inside = _text_queries(call, batch, width, hidden.device)
     q = family.query_heads(attention, gather(hidden, query, 1), tuple(gather(e, query, e.ndim - 2) for e in rotary))
     cache = kwargs.get("past_key_values")
-    k = family.key_heads(attention, hidden, rotary) if cache is None else cache.layers[probe.layer].keys
+    if cache is None or (past == 0 and put_away(cache)):
+        k = family.key_heads(attention, hidden, rotary)
+    else:
+        k = cache.layers[probe.layer].keys
     if k.shape[2] != mask.shape[1]:
         raise UnsupportedModelError(
             f"layer {probe.layer} caches {k.shape[2]} keys where {mask.shape[1]} tokens were passed; pruning inside "

@@ -87,6 +87,20 @@ class EncoderTap:
         finally:
             self.local.memory = None
 
+    @contextmanager
+    def capturing(self) -> Iterator[dict[Probe, Tensor]]:
+        """Within this block and thread, what probes capture goes into the dict that this yields, and nowhere else."""
+        before, self.local.captured = self.local.captured, {}
+        try:
+            yield self.local.captured
+        finally:
+            self.local.captured = before
+
+    def hand_over(self, captured: dict[Probe, Tensor]) -> None:
+        """Take what was captured elsewhere for the encoding that is being made."""
+        if self.local.captured is not None:
+            self.local.captured.update(captured)
+
     def _put(self, probe: Probe, value: Callable[[], Tensor]) -> None:
         if self.local.captured is not None and probe in self.wanted():
             self.local.captured[probe] = value()
@@ -159,7 +173,28 @@ def placeholder_masks(family: Family, ids: Tensor | None, embeds: Tensor | None)
     return {m: (embeds == table(ids_on(token))).all(-1) for m, token in family.placeholders.items()}
 
 
-def match(family: Family, call: Call, masks: dict[str, np.ndarray], embeds: Tensor) -> BatchLayout:
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """Host numbers on the device, without waiting for what it is doing."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def to_host(
+    family: Family, ids: Tensor | None, masks: dict[str, Tensor], valid: Tensor
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
+    """Bring a prompt to the host in one transfer: valid rows, placeholders by modality, and ids where there are some.
+
+    This is the one time that a prefill waits for the device: where pictures stand in the prompt is decided there.
+    """
+    if ids is not None:
+        host_valid, host_ids = torch.stack([valid.to(ids.dtype), ids.to(valid.device)]).cpu().numpy()
+        return host_valid.astype(bool), {m: host_ids == family.placeholders[m] for m in masks}, host_ids
+    host = torch.stack([valid, *(mask.to(valid.device) for mask in masks.values())]).cpu().numpy()
+    return host[0], dict(zip(masks, host[1:], strict=True)), None
+
+
+def match(
+    family: Family, call: Call, masks: dict[str, np.ndarray], ids: np.ndarray | None, embeds: Tensor
+) -> BatchLayout:
     """Match encodings to placeholders; entries that generate() repeated for beams are told by their identity."""
     layouts: dict[str, list[Any]] = {m: [] for m in masks}
     starts: dict[str, list[int]] = {m: [] for m in masks}
@@ -168,9 +203,9 @@ def match(family: Family, call: Call, masks: dict[str, np.ndarray], embeds: Tens
         order = _order(encoding, call.given.get(f"{modality}_features"), masks[modality])
         layouts[modality] = [encoding.layouts[i] for i in order]
         starts[modality] = [int(first[i]) for i in order]
-        ids = _ids(call, embeds) if family.reads_ids else None
+        words = (ids if ids is not None else _words(embeds)) if family.reads_ids else None
         layouts[modality], starts[modality] = family.arrange(
-            modality, layouts[modality], starts[modality], masks[modality], ids
+            modality, layouts[modality], starts[modality], masks[modality], words
         )
     return build(masks, layouts, starts)
 
@@ -201,10 +236,8 @@ def _order(encoding: Encoding, now: Any, mask: np.ndarray) -> list[int]:
     return [i for rows in now for i in groups[id(rows)]]
 
 
-def _ids(call: Call, embeds: Tensor) -> np.ndarray:
-    """Token ids ``[B, L]``, or numbers that are equal where the embeddings are."""
-    if call.ids is not None:
-        return call.ids.cpu().numpy()
+def _words(embeds: Tensor) -> np.ndarray:
+    """Numbers ``[B, L]`` that are equal where the embeddings are, in place of ids. Waits for the device."""
     same = torch.unique(embeds.detach().flatten(0, 1), dim=0, return_inverse=True)[1]
     return same.view(embeds.shape[:2]).cpu().numpy()
 
@@ -215,17 +248,17 @@ def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, p
     probes: dict[Probe, Tensor] = {}
     for modality, (raw, rows) in layout.raw.items():
         for probe, value in call.encodings[modality].probes.items():
-            part = value[torch.from_numpy(raw).to(value.device)]
+            part = value[upload(raw, value.device)]
             whole = probes.setdefault(probe, part.new_zeros(len(layout.position), *part.shape[1:]))
-            whole[torch.from_numpy(rows).to(value.device)] = part
+            whole[upload(rows, value.device)] = part
     for probe, value in probes.items():
         if probe.name == PRE_PROJECTOR.name:
             probes[probe] = value.reshape(-1, value.shape[-1])
     tokens = VisualTokens(
         features=embeds.reshape(-1, embeds.shape[-1])[position].detach(),
         seqlens=layout.seqlens,
-        source=torch.from_numpy(layout.source).to(device),
-        coords=torch.from_numpy(layout.coords).to(device),
+        source=upload(layout.source, device),
+        coords=upload(layout.coords, device),
         seg_image=layout.seg_image,
         image_sample=layout.image_sample,
         seg_kind=layout.seg_kind,
@@ -250,18 +283,19 @@ def with_question(
     embeds: Tensor,
     valid: np.ndarray,
     masks: dict[str, np.ndarray],
+    ids: np.ndarray | None,
 ) -> VisualTokens:
     """Add the question: every valid, non-visual, non-special token after the last picture of its sample.
 
     Also the mean of the text that follows each picture, and the slots ``sample * L + slot`` of the question.
     """
     text = valid & ~np.logical_or.reduce(list(masks.values()))
-    if call.ids is not None:
-        text &= ~np.isin(call.ids.cpu().numpy(), list(family.special_ids))
+    if ids is not None:
+        text &= ~np.isin(ids, list(family.special_ids))
     flat = embeds.detach().reshape(-1, embeds.shape[-1])
     paired = pair_text(tokens, layout, flat, text)
     text &= np.arange(valid.shape[1])[None] > layout.last[:, None]
-    call.text_slots = torch.from_numpy(np.flatnonzero(text)).to(embeds.device)
+    call.text_slots = upload(np.flatnonzero(text), embeds.device)
     lens = tuple(int(n) for n in text.sum(1))
     return replace(tokens, text=flat[call.text_slots], text_lens=lens, pair_text=paired)
 
@@ -280,8 +314,8 @@ def pair_text(tokens: VisualTokens, layout: BatchLayout, flat: Tensor, text: np.
     owner[layout.position] = np.repeat(np.arange(tokens.num_images), tokens.image_lens)
     owner = np.maximum.accumulate(owner.reshape(text.shape), axis=1)  # images are counted in the order of the prompt
     mine = text & (owner >= 0)
-    rows = torch.from_numpy(np.flatnonzero(mine)).to(flat.device)
-    lens = torch.from_numpy(np.bincount(owner[mine], minlength=tokens.num_images)).to(flat.device)
+    rows = upload(np.flatnonzero(mine), flat.device)
+    lens = upload(np.bincount(owner[mine], minlength=tokens.num_images), flat.device)
     # Row after row in order: the same sum alone and in a batch.
     total = torch.segment_reduce(flat[rows].float(), "sum", lengths=lens, axis=0, unsafe=True, initial=0.0)
     return total / lens.clamp_min(1)[:, None]

@@ -80,6 +80,9 @@ class Report:
         What the pruner said, for example ``{"importance": "cls"}``.
     notes
         Deviations from what was asked, in words.
+    compiled
+        Where graphs were asked for (``compile="graph"``): how the vision tower and the language model ran, and if not
+        as a graph, why.
     """
 
     method: str
@@ -94,6 +97,7 @@ class Report:
     flops_after: int
     info: dict[str, str]
     notes: tuple[str, ...]
+    compiled: dict[str, str]
 
     def __str__(self) -> str:
         source = "".join(f", {k} {v}" for k, v in self.info.items())
@@ -103,6 +107,7 @@ class Report:
             f"language model prefill: {self.flops_before / 1e9:.2f} -> {self.flops_after / 1e9:.2f} GFLOP",
         ]
         lines += [f"image {i} (sample {m.sample}): {m.tokens_out} of {m.tokens_in}" for i, m in enumerate(self.images)]
+        lines += [f"{part}: {how}" for part, how in self.compiled.items()]
         return "\n".join([*lines, *self.notes])
 
 
@@ -126,6 +131,7 @@ def make_report(
     trace: Sequence[Trace],
     counts: Sequence[Sequence[int]],
     text_config: Any,
+    compiled: dict[str, str],
 ) -> Report:
     """Build the report from what the engine remembered. Syncs with the device.
 
@@ -137,6 +143,8 @@ def make_report(
         One entry per stage that fired.
     counts
         Rows of each sample after packing and after each layer stage; empty where nothing was packed.
+    compiled
+        As in `Report`.
     """
     total = len(layout.position)
     kept = np.ones(total, dtype=bool)
@@ -194,4 +202,5 @@ def make_report(
         flops_after=flops_after,
         info={k: v for t in trace for k, v in t.info.items()},
         notes=tuple(notes),
+        compiled=dict(compiled),
     )

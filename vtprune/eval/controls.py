@@ -125,14 +125,39 @@ def downsampled(
     if isinstance(family, QwenVL):
         yield _smaller_pictures(family, processor, examples, inputs, keep)
     elif isinstance(family, Llava | LlavaNext):
-        if isinstance(family, LlavaNext) and isinstance(keep, int):
-            raise ConfigError(f"downsample of LLaVA-NeXT needs a fraction such as 1/4 as its budget, not {keep} tokens")
-        with _smaller_views(family, inputs, keep) as found:
-            small, lens = found
-            pad = processor.tokenizer.pad_token_id
-            yield {**small, **_fewer_placeholders(family, inputs, lens, pad)}, _per_example(examples, lens.tokens)
+        with smaller(family, inputs, keep, processor.tokenizer.pad_token_id) as (small, tokens):
+            yield small, _per_example(examples, tokens)
     else:
         raise UnsupportedModelError(f"there is no rule for down-sampling the pictures of {family.label}")
+
+
+@contextmanager
+def smaller(
+    family: Llava | LlavaNext, inputs: Inputs, keep: float | int, pad: int
+) -> Iterator[tuple[Inputs, list[int]]]:
+    """Within this block, the vision tower of a LLaVA sees smaller views.
+
+    Parameters
+    ----------
+    family, inputs, keep
+        As in `downsampled`.
+    pad
+        Id of the padding token.
+
+    Yields
+    ------
+    inputs, tokens
+        What to generate from, and visual tokens per picture.
+
+    Raises
+    ------
+    ConfigError
+        A count as the budget for LLaVA-NeXT.
+    """
+    if isinstance(family, LlavaNext) and isinstance(keep, int):
+        raise ConfigError(f"downsample of LLaVA-NeXT needs a fraction such as 1/4 as its budget, not {keep} tokens")
+    with _smaller_views(family, inputs, keep) as (small, lens):
+        yield {**small, **_fewer_placeholders(family, inputs, lens, pad)}, list(lens.tokens)
 
 
 @contextmanager

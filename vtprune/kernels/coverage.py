@@ -47,13 +47,13 @@ def coverage(features: Tensor, weight: Tensor, lens: Sequence[int], counts: Sequ
             broken = ~(sound & mine.isfinite())
             rows.masked_fill_(broken[:, None], 0.0)
             mine = mine.masked_fill(broken, 0.0)
-            gram = rows @ rows.T
-            covered = rows.new_zeros(n)
+            gram = reference.products(rows, rows)
+            covered = gram.new_zeros(n)
             # Rows that gain nothing score below all others, broken ones below those, picked ones below these.
             idle = mine / (1 + mine) - 1
             limit = torch.full_like(mine, torch.inf).masked_fill_(broken, -2.0)
             for step in range(k):
-                gain = (gram - covered).clamp_(min=0).sum(1)
+                gain = (gram - covered).clamp_(min=0).sum(1, dtype=torch.float64).float()
                 score = torch.minimum(torch.where(gain > COVERED * n, gain * mine, idle), limit)
                 pick = score.argmax(0, keepdim=True)  # the first of equal ones
                 picks[p, step : step + 1] = pick

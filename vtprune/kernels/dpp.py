@@ -43,22 +43,22 @@ def dpp(features: Tensor, quality: Tensor, lens: Sequence[int], counts: Sequence
         cosines = reference.Cosines(features, pools)
         padded = reference.pad(quality, pools, torch.nan)
         last = ~cosines.sound | ~padded.isfinite()
-        padded = padded.masked_fill(last, 0.0)
+        padded = padded.masked_fill(last, 0.0).double()
         square = padded * padded
         residual = torch.ones_like(padded)
         # Spent rows score below all others (from -1 up, by quality), broken ones below those, picked ones below these.
-        spent = padded / (1 + padded) - 1
-        limit = torch.full_like(padded, torch.inf).masked_fill_(last, -2.0).masked_fill_(~pools.inside, -torch.inf)
+        spent = (padded / (1 + padded) - 1).float()
+        limit = torch.full_like(spent, torch.inf).masked_fill_(last, -2.0).masked_fill_(~pools.inside, -torch.inf)
         most = max(pools.counts)
         columns = padded.new_zeros(padded.shape[0], most, padded.shape[1])
         picks = padded.new_empty(padded.shape[0], most, dtype=torch.int64)
         for step in range(most):
-            score = torch.where(residual > SPENT, square * residual, spent)
+            score = torch.where(residual > SPENT, (square * residual).float(), spent)
             pick = torch.minimum(score, limit).argmax(1, keepdim=True)  # the first of equal ones
             picks[:, step : step + 1] = pick
             limit.scatter_(1, pick, -torch.inf)
             left = residual.gather(1, pick)
-            column = cosines.to(pick).squeeze(1)
+            column = cosines.to(pick).squeeze(1).double()
             if step:
                 done = columns[:, :step]
                 at = done.gather(2, pick[:, None].expand(-1, step, -1))

@@ -69,11 +69,9 @@ def _steps(features: Tensor, bonus: Tensor, starts: list[int], n: int, most: int
     """Picks and what they are worth, ``[G, most]``, of G pools of `n` rows. A pool that keeps fewer takes the first."""
     like, mine, limit = [], [], []
     for start in starts:
-        rows = features[start : start + n].detach().to(torch.float32, copy=True)
-        length = torch.linalg.vector_norm(rows, dim=1)
-        broken = ~length.isfinite()
-        rows = (rows / length.clamp(min=1e-8)[:, None]).masked_fill_(broken[:, None], 0.0)
-        like.append(((rows @ rows.T + 1) / 2).masked_fill_(broken | broken[:, None], 0.0))
+        rows, sound = reference.unit_rows(features, start, n)
+        broken = ~sound
+        like.append(((reference.products(rows, rows) + 1) / 2).masked_fill_(broken | broken[:, None], 0.0))
         mine.append(bonus[start : start + n].detach().float().nan_to_num(nan=0.0))
         limit.append(torch.full_like(mine[-1], torch.inf).masked_fill_(broken, BROKEN))
     likes, bonuses, limits = (torch.stack(x) for x in (like, mine, limit))
@@ -81,7 +79,8 @@ def _steps(features: Tensor, bonus: Tensor, starts: list[int], n: int, most: int
     picks = torch.zeros(len(starts), most, dtype=torch.int64, device=features.device)
     worth = torch.zeros(picks.shape, device=features.device)
     for step in range(most):
-        score = torch.minimum((likes - covered[:, None]).clamp_(min=0).sum(2) + bonuses, limits)
+        gain = (likes - covered[:, None]).clamp_(min=0).sum(2, dtype=torch.float64).float()
+        score = torch.minimum(gain + bonuses, limits)
         best = score.amax(1, keepdim=True)
         pick = (score >= best - TIE * (10 + best.abs())).int().argmax(1, keepdim=True)
         picks[:, step : step + 1] = pick

@@ -210,7 +210,7 @@ def _exact_cosines(features: Tensor, plan: Plan, nearest: Tensor | None) -> tupl
     for start, n, _, _, cell, *_ in plan.host.tolist():
         unit, sound = reference.unit_rows(features, start, n)
         matrix = gram[cell : cell + n * line(n)].view(n, line(n))[:, :n]
-        matrix.copy_(unit @ unit.T)
+        matrix.copy_(reference.products(unit, unit))
         usable[start : start + n] = sound
         if nearest is not None:
             nearest[start : start + n] = reference.nearest(unit, matrix, sound)

@@ -5,8 +5,10 @@ All ops take *flat ragged rows*: the rows of all pools lie one after the other i
 belong to each pool and `counts` how many each pool may keep. Both are host numbers, so nothing here waits for the
 device. An op returns ``order``: ``[sum(counts)]`` int64 flat rows, pool after pool, each pool in the order of choice.
 
-Everything is computed in fp32, whatever autocast says. Ties go to the lowest index; rows with NaN or infinite values
-come last. Matrix products follow ``torch.set_float32_matmul_precision``: with TF32, picks may differ from the CPU's.
+Scores are fp32, whatever autocast says. Ties go to the lowest index; rows with NaN or infinite values come last.
+What is summed, cosines above all, is summed in fp64 and then rounded to fp32. In fp32, pairs that are as alike would
+differ by rounding, in another way on each device, and a plain background is full of such pairs: other rows would be
+picked. So picks do not depend on the device, nor on ``torch.set_float32_matmul_precision``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 #: Pools with more rows get no N x N matrix of cosines; each pick computes the one column that it needs.
 GRAM_ROWS = 4096
-#: In such pools, how many rows meet all others at a time when nearest neighbours are searched.
+#: How many rows meet all others at a time: fp64 need not be held for all pairs at once.
 BLOCK_ROWS = 1024
 
 # Below every cosine: the running maximum before the first pick.
@@ -123,13 +125,19 @@ def minmax(values: Tensor, lens: Sequence[int]) -> Tensor:
 
 
 def unit_rows(features: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
-    """Rows of unit length ``[n, D]`` fp32 (broken ones are zero), and which are sound ``[n]``. In memory of their own,
+    """Rows of unit length ``[n, D]`` fp64 (broken ones are zero), and which are sound ``[n]``. In memory of their own,
     so that products round the same alone and in a batch."""
-    rows = features[start : start + n].detach().to(torch.float32, copy=True)
+    rows = features[start : start + n].detach().to(torch.float64, copy=True)
     length = torch.linalg.vector_norm(rows, dim=1)
-    sound = length.isfinite()
+    # Finite in fp32, as the kernels compute it.
+    sound = length.square().float().isfinite()
     rows /= length.clamp(min=1e-8)[:, None]
     return rows.masked_fill_(~sound[:, None], 0.0), sound
+
+
+def products(one: Tensor, other: Tensor) -> Tensor:
+    """``one @ other.T`` of fp64 rows ``[n, D]`` and ``[m, D]``, rounded to fp32: ``[n, m]``."""
+    return torch.cat([(block @ other.T).float() for block in one.split(BLOCK_ROWS)])
 
 
 class Cosines:
@@ -156,7 +164,7 @@ class Cosines:
         for p, (end, n) in enumerate(zip(ends, size, strict=True)):
             if n:
                 self.grams[p] = self.flat[end - n * n : end].view(n, n)
-                self.grams[p].copy_(self.unit[p] @ self.unit[p].T)  # type: ignore[union-attr]
+                self.grams[p].copy_(products(self.unit[p], self.unit[p]))  # type: ignore[union-attr]
         self.offset = ints([end - n * n for end, n in zip(ends, size, strict=True)], features.device)[:, None]
         self.size = ints(size, features.device)[:, None]
         self.lane = torch.arange(pools.inside.shape[1], device=features.device)
@@ -167,7 +175,7 @@ class Cosines:
         cosines = self.flat[at.clamp_(max=self.flat.shape[0] - 1)]
         for p in self.lazy:
             unit = self.unit[p]
-            cosines[p, :, : unit.shape[0]] = unit[picks[p]] @ unit.T
+            cosines[p, :, : unit.shape[0]] = products(unit[picks[p]], unit)
         return cosines
 
     def nearest(self) -> Tensor:
@@ -185,11 +193,11 @@ def nearest(unit: Tensor, gram: Tensor | None, sound: Tensor) -> Tensor:
     Changes the matrix, if there is one, where picks never look: at the diagonal and at broken rows.
     """
     n, broken = unit.shape[0], ~sound
-    found = unit.new_full((n,), NO_COSINE)
+    found = torch.full((n,), NO_COSINE, device=unit.device)
     step = BLOCK_ROWS if gram is None else n
     for low in range(0, n, step):
         rows = slice(low, low + step)
-        block = unit[rows] @ unit.T if gram is None else gram
+        block = products(unit[rows], unit) if gram is None else gram
         block.masked_fill_(broken | broken[rows, None], NO_COSINE)
         block.diagonal(low).fill_(NO_COSINE)
         # Down and across: the two halves may round differently, and two rows that are each other's nearest neighbours

@@ -267,11 +267,11 @@ def _change_kernel(  # type: ignore[no-untyped-def]
         acc = tl.zeros([BM, BN], dtype=tl.float32)
         n = row + tl.arange(0, BN)
         for start in range(0, width, BK):
+            # Not through a descriptor: unless `tl.dot` reads it, Triton 3.6 refills a tile while others still read it.
+            t = tl.load(step + direction[:, None] * width + start + k[None, :])
             if TMA:
-                t = step.load([first, start])
                 right = outer.load([row, start])
             else:
-                t = tl.load(step + direction[:, None] * width + start + k[None, :])
                 other = n.to(tl.int64)[:, None] * width + start + k[None, :]
                 right = tl.load(outer + other, mask=(n < high)[:, None], other=0.0)
             # Tokens times directions, in half precision: twice the rate of fp32, and no other accuracy.
@@ -400,12 +400,12 @@ def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float) -
         span = -(-outer.shape[0] // (bn * _PARTS)) * bn
         parts = -(-outer.shape[0] // span)
         out = torch.empty(parts, tokens, m, dtype=torch.float32, device=rows.device)
-        tma = describable(outer, step)
-        left, right = (descriptor(step, [mb, bk]), descriptor(outer, [bn, bk])) if tma else (step, outer)
+        tma = describable(outer)
+        right = descriptor(outer, [bn, bk]) if tma else outer
         for cubic in (False, True) if h else (False,):
             stages = stages_for(rows, _STAGES[cubic], 2 * bk * (bn + mb))
             _change_kernel[(tiles * blocks, parts)](
-                alpha, beta, left, right, bent, out, tokens, m, pitch, outer.shape[0], span, TT=tt, MB=mb, BN=bn,
+                alpha, beta, step, right, bent, out, tokens, m, pitch, outer.shape[0], span, TT=tt, MB=mb, BN=bn,
                 BK=bk, CUBIC=cubic, EITHER=h > 0, TMA=tma, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         return out.sum(0).sqrt_().mean(1)

@@ -55,6 +55,11 @@ def class_names(given: str | Sequence[str], alive: bool = False) -> tuple[str, .
     return tuple(name for name in known if name in chosen)
 
 
+def short_name(checkpoint: str) -> str:
+    """The last part of a path or hub name: results that are passed on say nothing about a disk."""
+    return checkpoint.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
 def _check_version(version: Any) -> None:
     if version != VERSION:
         raise ConfigError(f"this calibration is of version {version}, and only {VERSION} is known; make it anew")
@@ -233,11 +238,11 @@ class Calibration:
         """
         if checkpoint and (Path(checkpoint) / FILE).is_file():
             return cls.load(Path(checkpoint) / FILE)
-        name = checkpoint.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
-        if name in BUILT_IN:
-            return cls.load(Path(__file__).parent / BUILT_IN[name])
+        name = short_name(checkpoint)
+        if name.lower() in BUILT_IN:
+            return cls.load(Path(__file__).parent / BUILT_IN[name.lower()])
         raise ConfigError(
-            f"there is no calibration for {checkpoint or 'this model'}, and what a visual token means cannot be told "
+            f"there is no calibration for {name or 'this model'}, and what a visual token means cannot be told "
             "without: make one with vtprune.lens.calibrate(model, processor, images), and save it beside the config as "
             f"{FILE}, or pass it as calibration="
         )
@@ -297,20 +302,24 @@ class Calibration:
 
     def _cosine(self, rows: Tensor, name: str) -> Tensor:
         """Cosine of each row to the mean of a class, ``[T]`` fp32."""
-        mean = torch.tensor(self.means[name], dtype=torch.float32).to(rows.device)
-        return torch.cosine_similarity(rows.float(), mean[None], dim=1)
+        return _cosines(rows, torch.tensor(self.means[name], dtype=torch.float64)[None]).squeeze(1)
 
     def similarity(self, rows: Tensor, table: Tensor, classes: Sequence[str], inverse: Tensor | None = None) -> Tensor:
         """How much like these classes each row is, ``[T]`` fp32: its largest cosine to one of their means, or, of
         classes without, to one of their anchors; NaN for rows with NaN."""
-        rows = rows.float()
         found = [self._cosine(rows, name) for name in classes if name in self.means]
         ids = [i for name in classes if name not in self.means for i in self.anchors.get(name, ())]
         if ids:
-            at = torch.tensor(ids, dtype=torch.int64).to(rows.device)
+            at = torch.tensor(ids, dtype=torch.int64).to(table.device)
             inverse = self.inverse(table) if inverse is None else inverse
-            anchors = table[at].float() * inverse[at][:, None]
-            with torch.autocast(rows.device.type, enabled=False):
-                unit = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
-                found += (unit @ anchors.T).unbind(1)
+            # The reciprocal norm says which rows are words; the cosine is to nothing else.
+            found += _cosines(rows, table[at].double() * (inverse[at] > 0)[:, None]).unbind(1)
         return torch.stack(found, 1).amax(1)
+
+
+def _cosines(rows: Tensor, to: Tensor) -> Tensor:
+    """Cosines of rows ``[T, D]`` to a few fp64 rows ``[A, D]``, ``[T, A]`` fp32. Summed in fp64, a few rows at a time:
+    near ties do not go by how a device rounds, and memory does not grow with the tokens."""
+    to = torch.nn.functional.normalize(to.to(rows.device), dim=1)
+    found = [(torch.nn.functional.normalize(part.double(), dim=1) @ to.T).float() for part in rows.split(256)]
+    return torch.cat(found)

@@ -37,6 +37,8 @@ ENOUGH = 200
 CLUSTERS, STEPS, SAMPLE = 16, 20, 20_000
 #: Clusters whose means are at least so alike are one, and tokens at least so like its mean belong to one.
 SAME = 0.95
+#: Numbers that the rows of all pictures may take on the host (one gigabyte): of more, each picture gives an even draw.
+HELD = 1 << 28
 #: k-means gives every token to some cluster; each closes in on its core by dropping what is less like its mean than
 #: this.
 CLOSING = (0.8, 0.9, SAME)
@@ -79,6 +81,8 @@ def calibrate(
         As `vtprune.load` returns them.
     images
         Two or more; 200 are enough.
+        With so many and so large ones that their rows would take more than a gigabyte, each gives a random draw of its
+        tokens, the same in every run.
     seeds
         Of the clustering. A token belongs to a class where most of them say so.
     top
@@ -107,7 +111,7 @@ def calibrate(
     tokenizer = getattr(processor, "tokenizer", processor)
     inverse = inverse_norms(table, word_mask(family, len(table), tokenizer))
     unit, near, picture = _collect(model, processor, images, table, inverse, top)
-    first = _first_tokens(family, processor, images[:FIRST_TOKEN_PICTURES])
+    first = _first_tokens(family, processor, images[:FIRST_TOKEN_PICTURES], _most(table, images))
 
     votes = {name: torch.zeros(len(unit)) for name in CLASSES}
     per_seed: dict[str, list[dict[str, float]]] = {name: [] for name in CLASSES}
@@ -195,13 +199,14 @@ def intervals(found: Sequence[dict[str, float]], draws: int = stats.DRAWS, seed:
 def _collect(
     model: nn.Module, processor: Any, images: Sequence[Image.Image], table: Tensor, inverse: Tensor, top: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows ``[T, D]`` fp32 at layer 0 of all pictures, their nearest words ``[T, top]``, and which picture each
-    belongs to, on the CPU."""
-    family = find_family(model)
+    """Unit rows ``[T, D]`` fp32 at layer 0 of all pictures (see `_draw`), their nearest words ``[T, top]``, and which
+    picture each belongs to, on the CPU."""
+    family, most = find_family(model), _most(table, images)
     rows: list[Tensor] = []
     near: list[Tensor] = []
 
     def see(_layer: int, own: Tensor, _hidden: Tensor) -> None:
+        own = own[_draw(len(own), most, len(rows)).to(own.device)].to(table.device)
         near.append(lens_topk(own, table, top, inverse=inverse)[1].cpu())
         rows.append(torch.nn.functional.normalize(own.float(), dim=1).cpu())
 
@@ -211,13 +216,27 @@ def _collect(
     return torch.cat(rows), torch.cat(near), picture
 
 
+def _most(table: Tensor, images: Sequence[Image.Image]) -> int:
+    """Tokens that one picture may give."""
+    return max(1, HELD // table.shape[1] // len(images))
+
+
+def _draw(count: int, most: int, picture: int) -> Tensor:
+    """Which of the `count` tokens of a picture take part: all, or `most` at random; ascending."""
+    if count <= most:
+        return torch.arange(count)
+    return torch.from_numpy(np.random.default_rng(picture).permutation(count)[:most]).sort().values
+
+
 @torch.no_grad()
-def _first_tokens(family: Family, processor: Any, images: Sequence[Image.Image]) -> Tensor:
-    """How much each visual token of these pictures is like the first token after two layers, ``[T']`` cosines."""
+def _first_tokens(family: Family, processor: Any, images: Sequence[Image.Image], most: int) -> Tensor:
+    """How much each visual token of these pictures that takes part is like the first token after two layers, ``[T']``
+    cosines."""
     layer = min(FIRST_TOKEN_LAYER, len(family.lm.layers))
     cosines: list[Tensor] = []
 
     def see(_layer: int, rows: Tensor, hidden: Tensor) -> None:
+        rows = rows[_draw(len(rows), most, len(cosines)).to(rows.device)]
         cosines.append(torch.cosine_similarity(rows.float(), hidden[0, :1].float(), dim=1).cpu())
 
     for image in images:

@@ -25,7 +25,7 @@ from ..kernels.lens_topk import inverse_norms, lens_topk
 from ..models import find_family
 from ..models.base import Family
 from ..tokens import VisualTokens
-from .calibration import Calibration, Categories
+from .calibration import Calibration, Categories, short_name
 
 FORMAT = 1
 
@@ -71,7 +71,7 @@ class Lens:
     words
         The word of every id that occurs; empty without a processor.
     checkpoint
-        Where the model was loaded from.
+        Name of the checkpoint: of a folder, the last part of its path.
     classes, why
         What `categories` returns; where that is nothing, the reason.
     """
@@ -262,11 +262,12 @@ def lens(
 
     def see(layer: int, rows: Tensor, _hidden: Tensor) -> None:
         nonlocal classes
+        rows = rows.to(table.device)  # of a model on several devices: some rows are moved, never the table
         if layer == 0 and rule is not None:
-            classes = Categories(rule.classes, rule.classify(rows, table.to(rows.device)).cpu().numpy())
+            classes = Categories(rule.classes, rule.classify(rows, table).cpu().numpy())
         if layer not in wanted:
             return
-        values, ids = lens_topk(rows, table.to(rows.device), topk, inverse=inverse.to(rows.device))
+        values, ids = lens_topk(rows, table, topk, inverse=inverse)
         found[layer] = ids.cpu().numpy(), values.cpu().numpy()
 
     tokens = watch_layers(family, inputs, wanted if rule is None else sorted({0, *wanted}), see)
@@ -275,7 +276,7 @@ def lens(
     if tokenizer is not None:
         words = {int(i): spell(tokenizer, int(i)) for i in np.unique(ids) if i >= 0}
     coords, views = tokens.coords.cpu().numpy(), views_of(tokens)
-    return Lens(wanted, ids, cosines, coords, views, words, family.checkpoint, classes, why)
+    return Lens(wanted, ids, cosines, coords, views, words, short_name(family.checkpoint), classes, why)
 
 
 def check_layers(family: Family, layers: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -228,7 +229,11 @@ class Family(ABC):
         layer = self.lm.layers[probe.layer]
         if probe.name == "ffn_act":
             return hasattr(getattr(layer, "mlp", None), "down_proj")
-        return probe.name == "hidden" or all(hasattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "scaling"))
+        if probe.name == "hidden":
+            return True
+        parts = all(hasattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "scaling"))
+        # Phi and StableLM can normalise heads in modules of other names.
+        return parts and turns_halves(layer.self_attn) and not getattr(layer.self_attn, "qk_layernorm", False)
 
     def query_heads(self, attention: Any, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
         """Rotated queries ``[B, H, n, d_h]`` of these rows (``[B, n, D]``, the input of the attention module).
@@ -250,16 +255,22 @@ class Family(ABC):
         rows = rows.view(*hidden.shape[:-1], -1, attention.head_dim)
         norm = getattr(attention, f"{kind}_norm", None)  # Qwen3
         rows = (rows if norm is None else norm(rows)).transpose(1, 2)
-        cos, sin = rotary
-        if cos.ndim == 4:
-            sections = [*self._mrope_section(), *self._mrope_section()]
-            cos, sin = (
-                torch.cat([part[i % 3] for i, part in enumerate(e.split(sections, dim=-1))], -1) for e in (cos, sin)
-            )
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        cos, sin = (e.unsqueeze(1) for e in self.plain_rotary(*rotary))
+        # Partial rotary: the first dimensions of a head turn, the others pass (Phi, StableLM).
+        rows, rest = rows.split([cos.shape[-1], rows.shape[-1] - cos.shape[-1]], -1)
         half = rows.shape[-1] // 2
         turned = torch.cat([-rows[..., half:], rows[..., :half]], -1)
-        return rows * cos + turned * sin
+        return torch.cat([rows * cos + turned * sin, rest], -1)
+
+    def plain_rotary(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[B or 1, n, d_h]`` from what the rotary embedding returned, M-RoPE put together."""
+        if cos.ndim == 3:
+            return cos, sin
+        sections = [*self._mrope_section(), *self._mrope_section()]
+        cos, sin = (
+            torch.cat([part[i % 3] for i, part in enumerate(e.split(sections, dim=-1))], -1) for e in (cos, sin)
+        )
+        return cos, sin
 
     def _mrope_section(self) -> list[int]:
         config = self.config.text_config
@@ -279,6 +290,13 @@ class Family(ABC):
         known = inspect.signature(self.inner.get_rope_index).parameters
         positions, _ = self.inner.get_rope_index(**{k: v for k, v in given.items() if k in known})
         return positions
+
+
+def turns_halves(attention: Any) -> bool:
+    """Whether rotary embeddings turn the first half of a head against the second, as `Family.query_heads` does: other
+    models (GLM, Cohere) turn neighbours. Asked of the function that the attention module's own file has for it."""
+    turn = getattr(sys.modules.get(type(attention).__module__), "rotate_half", None)
+    return turn is None or turn(torch.arange(4.0)).tolist() == [-2, -3, 0, 1]
 
 
 def unique_layouts(items: Iterable[Any], make: Callable[[Any], ImageLayout]) -> list[ImageLayout]:

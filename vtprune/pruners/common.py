@@ -105,7 +105,7 @@ def nearest(features: Tensor, lens: Sequence[int], anchors: Tensor, counts: Sequ
         if n and k:
             mine = anchors[first : first + k]
             unit, sound = reference.unit_rows(features, start, n)
-            cosine = (unit @ unit[mine - start].T).masked_fill_(~sound[mine - start], NOTHING)
+            cosine = reference.products(unit, unit[mine - start]).masked_fill_(~sound[mine - start], NOTHING)
             closest = mine[cosine.argmax(1)]
             rows = slice(start, start + n)
             into[rows] = torch.where(movable[rows], closest, into[rows])
@@ -116,15 +116,13 @@ def nearest(features: Tensor, lens: Sequence[int], anchors: Tensor, counts: Sequ
 def cosines(one: Tensor, other: Tensor) -> Tensor:
     """Cosines ``[n, m]`` fp32 of rows ``[n, D]`` and ``[m, D]``, which must be finite.
 
-    Made in fp64 and then rounded. In fp32 pairs that are as alike would differ by rounding, in another way on each
-    device: methods that match many pairs, as in a plain background, would choose others.
+    Made in fp64 and then rounded, see `reference`.
     """
     one, other = (
         rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-8)
         for rows in (one.detach().double(), other.detach().double())
     )
-    # In blocks: fp64 need not be held for all pairs at once.
-    return torch.cat([(block @ other.T).float() for block in one.split(reference.BLOCK_ROWS)])
+    return reference.products(one, other)
 
 
 def merged(tokens: VisualTokens, index: Tensor, into: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -75,7 +75,7 @@ class DartPruner(Pruner):
         cosines = torch.full((*longest.shape, most), torch.inf, device=tokens.device)
         for p, (start, n) in enumerate(zip(pools.starts, pools.lens, strict=True)):
             unit, _ = reference.unit_rows(tokens.features, start, n)
-            cosines[p, :n, : number[p]] = unit @ unit[longest[p, : number[p]]].T
+            cosines[p, :n, : number[p]] = reference.products(unit, unit[longest[p, : number[p]]])
         # What cannot be kept any more has inf, broken rows come just before it.
         cosines = cosines.masked_fill(~sound[..., None], reference.HIGHEST)
         cosines.masked_fill_(~pools.inside[..., None], torch.inf)

@@ -18,7 +18,7 @@ from ..lens.calibration import Calibration, class_names
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 
-MODES = ("rank", "drop", "control", "only")
+MODES = ("rank", "drop", "control", "random", "only")
 
 
 @register("embedlens")
@@ -37,11 +37,12 @@ class EmbedLensPruner(Pruner):
         ``"rank"``: meet the budget; dropped first are tokens of `classes`, those most like an anchor first, then the
         others by the same likeness. ``"drop"``: drop tokens of `classes` and no others, whatever the budget (but for
         ``keep=1.0``, which drops nothing). ``"control"``: as many tokens as that of each image, but at random from all
-        others. ``"only"``: drop all the others.
+        others (all of these, where the class has most of the image). ``"random"``: as many as that of each image, at
+        random from all of its tokens, which is matched whatever the class's share. ``"only"``: drop all the others.
     classes
         One or several of ``"dead"``, ``"vit_sink"``, ``"llm_sink"`` and ``"sink"`` (both): a list, or with commas.
     seed
-        Of the control; not negative.
+        Of ``"control"`` and ``"random"``; not negative.
     calibration
         Path or contents of a calibration; None: the one that belongs to the checkpoint.
     """
@@ -113,19 +114,20 @@ class EmbedLensPruner(Pruner):
             return super().select(tokens, budget, stage)
         member = self.member(tokens)
         drop = ~member if self.mode == "only" else member
-        if self.mode == "control":
+        if self.mode in ("control", "random"):
             drop = self._matched(tokens, member)
         # No image goes blind: its best token stays.
         best = reference.topk(self._score(tokens, drop), tokens.image_lens, [min(1, n) for n in tokens.image_lens])
         return Selection.from_mask((~drop).index_fill(0, best, True), tokens, mode=self.mode)
 
     def _matched(self, tokens: VisualTokens, member: Tensor) -> Tensor:
-        """As many tokens of each image as `member` has there, at random from the others, or all of these."""
+        """As many tokens of each image as `member` has there, at random: from the others, as far as there are so many,
+        or (``"random"``) from all."""
         own = member.cpu().numpy()
         drop = np.zeros(len(own), bool)
         start = 0
         for n, rank in zip(tokens.image_lens, tokens.image_rank, strict=True):
-            others = start + np.flatnonzero(~own[start : start + n])
+            others = start + np.flatnonzero(~own[start : start + n] | (self.mode == "random"))
             count = min(int(own[start : start + n].sum()), len(others))
             drop[np.random.default_rng((self.seed, rank)).permutation(others)[:count]] = True
             start += n

@@ -17,7 +17,7 @@ class FramesPruner(Pruner):
     """Keep whole frames, spread evenly over the clip: what a lower frame rate would show. A baseline.
 
     As many frames are kept as the budget pays for, each in the middle of its part of the clip. What is left over pays
-    for an even lattice in the frame that lies farthest from those. A picture keeps an even lattice, as under `grid`, and
+    for an even lattice in the frame that lies farthest from those. A picture keeps an even lattice, as under `grid`;
     so does every frame under an allocation that gives each its own budget.
     """
 

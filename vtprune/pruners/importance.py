@@ -17,11 +17,12 @@ from .zoo import ZooPruner
 
 
 def _per_image(tokens: VisualTokens) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of each image, copied to fp32: reductions then have the same shape, and so rounding, in any batch."""
+    """The rows of each image, copied to fp64: what is summed then rounds to the same fp32 on every device, and
+    reductions have the same shape in any batch."""
     start = 0
     for n in tokens.image_lens:
         rows = slice(start, start + n)
-        yield rows, tokens.features[rows].detach().to(torch.float32, copy=True)
+        yield rows, tokens.features[rows].detach().to(torch.float64, copy=True)
         start += n
 
 

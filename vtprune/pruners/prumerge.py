@@ -27,7 +27,7 @@ class PruMergePlusPruner(Pruner):
     Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025,
     https://arxiv.org/abs/2403.15388. Written from the paper. Deviations:
 
-    - The paper finds its own count (PruMerge: the outliers; PruMerge+ about a quarter). Here the budget is the count,
+    - The paper finds its own count (the outliers; PruMerge+ adds the even sample). Here the budget is the count,
       as where others compare with it: the strongest outliers first, and the even sample fills the rest.
     - Similarity and averages are taken on the rows behind the projector, with the cosine; the paper compares attention
       keys and merges rows before the projector.
@@ -95,7 +95,9 @@ class PruMergePlusPruner(Pruner):
             if k and near:
                 mine, rows = index[first : first + k], slice(start, start + n)
                 unit, _ = reference.unit_rows(tokens.features, start, n)
-                cosine = (unit[mine - start] @ unit.T).masked_fill_(kept[rows] | ~sound[rows], common.NOTHING)
+                cosine = reference.products(unit[mine - start], unit).masked_fill_(
+                    kept[rows] | ~sound[rows], common.NOTHING
+                )
                 like, at = cosine.sort(dim=1, descending=True, stable=True)
                 features = tokens.features[rows].detach().float().masked_fill(~sound[rows, None], 0.0)
                 total = weight[mine]

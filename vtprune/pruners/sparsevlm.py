@@ -99,7 +99,7 @@ class SparseVLMPruner(Pruner):
     def _scores(self, tokens: VisualTokens, layer: int) -> Tensor:
         rows, last = tokens.probes[Probe("text_rows", layer)], tokens.probes[Probe("last_query_row", layer)]
         lens = tokens.sample_lens(tokens.num_samples)
-        sample = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
+        sample = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens, dtype=torch.int64))
         sample = sample.to(tokens.device, non_blocking=True)
         rating = tokens.ctx["raters"][sample].float()
         number = rating.sum(1)
@@ -134,7 +134,7 @@ class SparseVLMPruner(Pruner):
 def raters(tokens: VisualTokens) -> Tensor:
     """Which words of the question rate the picture, ``[samples, max(text_lens)]`` bool."""
     assert tokens.text is not None and tokens.text_lens is not None
-    found = torch.zeros(len(tokens.text_lens), max(1, *tokens.text_lens), dtype=torch.bool, device=tokens.device)
+    found = torch.zeros(len(tokens.text_lens), max((1, *tokens.text_lens)), dtype=torch.bool, device=tokens.device)
     for b, (rows, words) in enumerate(_samples(tokens)):
         if rows.shape[0] and words.shape[0]:
             spread = (rows.float() @ words.float().T).softmax(1).mean(0)

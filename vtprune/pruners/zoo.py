@@ -200,7 +200,9 @@ class ZooPruner(Pruner):
         directions = bank(raw.shape[1], self.m, self.seed)[part].to(raw.device, non_blocking=True)
         start = 0
         for n in tokens.image_lens:  # image by image, in memory of its own: rounded alike alone and in a batch
-            rows = raw[start * group : (start + n) * group].detach().clone()
+            # In fp64 where rows are fp32: copies then have one sensitivity, and it is the same on every device.
+            dtype = torch.float64 if raw.dtype == torch.float32 else raw.dtype
+            rows = raw[start * group : (start + n) * group].detach().to(dtype, copy=True)
             if n:
                 found = sensitivity(rows, projector, directions, self.h, ran, group)
                 scores[start : start + n] = found.to(scores, non_blocking=True)

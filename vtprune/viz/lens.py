@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,7 @@ def lens_picture(
     -------
     PIL.Image.Image
         RGB, with a legend below. AnyRes pictures and videos have a panel for each thumbnail, set of crops or frame.
+        The font that comes with Pillow is Latin: letters that it lacks are spelled out, see `spelled_out`.
     """
     at = seen.at(layer)
     labels = _labels(seen, categories)
@@ -155,12 +158,46 @@ def _write(canvas: Image.Image, words: Sequence[tuple[Any, str, str]]) -> None:
     draw = ImageDraw.Draw(canvas)
     for rect, word, label in words:
         x0, y0, x1, y1 = _pixels(rect, canvas.size)
-        font, text = _fitting(word, x1 - x0 - 4)
+        font, text = _fitting(spelled_out(word), x1 - x0 - 4)
         middle = ((x0 + x1) / 2, (y0 + y1) / 2)
         if label == "dead":  # it is there to be read, but not to be looked at
             draw.text(middle, text, fill=_FAINT, font=font, anchor="mm")
         else:
             draw.text(middle, text, fill=_PAPER, font=font, anchor="mm", stroke_width=1, stroke_fill=(0, 0, 0))
+
+
+@functools.lru_cache(maxsize=4096)
+def _drawn(letter: str) -> bool:
+    """Whether the font has a letter: those that it lacks all look alike."""
+    font: Any = ImageFont.load_default(14)
+    mask, lacking = font.getmask(letter), font.getmask("\U0010fffd")
+    return (mask.size, bytes(mask)) != (lacking.size, bytes(lacking))
+
+
+def spelled_out(word: str) -> str:
+    """A word in letters that the font of pictures has.
+
+    Accents are left out where they must be; syllables and letters of other scripts are told by their Unicode names (か
+    is ``ka``, 한 is ``han``, ж is ``zhe``), ideographs and all else by their numbers (猫 is ``u732B``).
+    """
+
+    def one(letter: str) -> str:
+        name = unicodedata.name(letter, "")
+        kind = next((kind for kind in (" LETTER ", " SYLLABLE ") if kind in name), None)
+        if kind is None or name.startswith("CJK"):
+            return f"u{ord(letter):04X}"
+        return name.rpartition(kind)[2].removeprefix("SMALL ").lower()
+
+    out = ""
+    for letter in word:
+        plain = [part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part)]
+        if _drawn(letter):
+            out += letter
+        elif plain and all(map(_drawn, plain)):
+            out += "".join(plain)
+        else:
+            out = f"{out.rstrip()} {one(letter)} "
+    return out.strip()
 
 
 def _fitting(word: str, width: int) -> tuple[Any, str]:

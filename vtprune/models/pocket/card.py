@@ -271,9 +271,14 @@ def model_card(name: str, log: Sequence[dict[str, Any]], parameters: int, size: 
                 f"{start['check_questions']} questions of each world:"
             )
             scores = f"{_prose(scores)}\n\n{_scores(dense[-1], about.worlds)}"
+    scored = is_finished(log) and "weights" in log[-1]  # the folder's own weights, by `score`
     if "easy-vqa" in about.worlds:
+        which = "all" if scored else "evenly spaced"
+        scores += f"\n\neasy-VQA: {which} questions of the package's test split. Saying always yes would score 0.373."
+    if scored:
         scores += (
-            "\n\neasy-VQA: evenly spaced questions of the package's test split. Saying always yes would score 0.373."
+            f"\n\n`python -m vtprune.models.pocket.score {name}` scores the weights of this folder (SHA-256 "
+            f"`{log[-1]['weights'][:12]}`) again."
         )
     curve = f"Accuracy on validation questions during training:\n\n{_curve(dense, about.worlds)}" if dense else ""
     if dropped:
@@ -307,8 +312,8 @@ def model_card(name: str, log: Sequence[dict[str, Any]], parameters: int, size: 
         f"{about.start} Pictures and questions are generated while it trains; training, validation and test samples "
         "come from seeds that have nothing in common. The easy-VQA training split, where it is used, is from the PyPI "
         "package. Besides the answers, linear heads that are not shipped had to tell what each patch shows (weight "
-        f"{start['patch_weight']}){whole}. Where a stage is called drop or settle, the vision "
-        "tower stands still and the language model often sees only a part of the visual tokens, or none."
+        f"{start['patch_weight']}){whole}. In all stages but basic, full, more and hires the vision "
+        "tower stands still; in drop and settle the language model often sees a part of the visual tokens, or none."
     )
     spent = _prose(
         f"{minutes:.0f} minutes in all, compilation and validation included, on one GPU: {where}. Prompts are counted "

@@ -165,13 +165,13 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         Stage("show", 1400, 1.2e-3, ((_RECALL, 0.2), *_weighted(_shown(256), 0.8)), frozen=True, first=22_000),
         Stage("again", 1400, 1.2e-3, ((_RECALL, 0.2), *_weighted(_shown(256), 0.8)), frozen=True, first=23_400),
         Stage(
-            "label", 2700, 1.1e-3,
+            "label", 4700, 1.1e-3,
             (*_weighted(_QWEN, 0.7), (_RECALL, 0.05), *_weighted(_shown(256, (0, 0, 0, 1)), 0.25)),
             frozen=True, first=24_800,
         ),
         Stage(
             "settle", 600, 5e-4,
-            (*_weighted(_QWEN, 0.82), (_RECALL, 0.02), *_weighted(_shown(256, (0,)), 0.16)), _KEEPS, True, 28_000,
+            (*_weighted(_QWEN, 0.82), (_RECALL, 0.02), *_weighted(_shown(256, (0,)), 0.16)), _KEEPS, True, 30_000,
         ),
     ),
 }  # fmt: skip

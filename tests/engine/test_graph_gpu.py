@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a GPU: graphs say what the eager model says, one wait for the device per prefill, no more memory than dense."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conformance.helpers import error
+from torch import nn
+
+import vtprune
+from vtprune import bench
+from vtprune.bench.measure import kv_bytes
+from vtprune.engine import attach
+from vtprune.tokens import PROJECTOR
+
+pytestmark = pytest.mark.gpu
+MODELS = ("pocket-llava", "pocket-llava-next", "pocket-qwen2.5-vl")
+FIXED = [n for n, cls in vtprune.methods().items() if cls().stages() == (PROJECTOR,) and not cls.adaptive]
+KEEP = 1 / 4
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
+    model, _ = vtprune.load(request.param, device="cuda", dtype=torch.float32)
+    yield model
+
+
+@pytest.fixture(scope="module")
+def llava() -> nn.Module:
+    return vtprune.load("pocket-llava", device="cuda", dtype=torch.float32)[0]
+
+
+def prompts(model: nn.Module) -> list[dict[str, Any]]:
+    """Three prompts of one bucket or two, and a batch."""
+    return [bench.make_inputs(model, batch, None, text) for batch, text in ((1, 64), (1, 70), (1, 120), (3, 64))]
+
+
+def as_graph(model: nn.Module) -> None:
+    compiled = vtprune.report(model).compiled
+    assert compiled["language model"].startswith("graph of "), compiled
+
+
+@torch.no_grad()
+def test_graphs_say_what_the_eager_model_says(model: nn.Module) -> None:
+    greedy = {"do_sample": False, "max_new_tokens": 6}
+    expected, found = [], []
+    for where, how in ((expected, None), (found, "graph")):
+        with vtprune.apply(model, "norm", keep=KEEP, compile=how):
+            for inputs in [*prompts(model), *prompts(model)]:  # the second round replays what the first captured
+                out = model(**inputs, use_cache=True)
+                keys = [layer.keys.clone() for layer in out.past_key_values.layers]
+                where.append((out.logits, keys, model.generate(**inputs, **greedy)))
+                if how:
+                    as_graph(model)
+    for (logits, keys, tokens), (logits_2, keys_2, tokens_2) in zip(expected, found, strict=True):
+        assert error(logits, logits_2) <= 2e-3 * logits.abs().max()
+        assert all(error(a, b) <= 2e-3 * a.abs().max() for a, b in zip(keys, keys_2, strict=True))
+        assert torch.equal(tokens, tokens_2)
+
+
+@torch.no_grad()
+def test_bf16_graphs_are_as_near_to_fp32_as_the_eager_model() -> None:
+    model, _ = vtprune.load("pocket-llava", device="cuda", dtype=torch.float32)
+    inputs = bench.make_inputs(model)
+    with vtprune.apply(model, "grid", keep=KEEP):
+        exact = model(**inputs).logits
+    half = model.bfloat16()
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    off = []
+    for how in (None, "graph"):
+        with vtprune.apply(half, "grid", keep=KEEP, compile=how):
+            off.append(error(half(**inputs).logits.float(), exact))
+            if how:
+                as_graph(half)
+    assert off[1] <= 1.5 * off[0] + 1e-3 * exact.abs().max()
+
+
+@torch.no_grad()
+def test_without_a_trace(llava: nn.Module) -> None:
+    inputs = bench.make_inputs(llava)
+    state = {k: v.clone() for k, v in llava.state_dict().items()}
+    dense = llava(**inputs).logits.clone()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    with vtprune.apply(llava, "norm", keep=1.0, compile="graph"):
+        packed = llava(**inputs).logits
+        as_graph(llava)
+        assert error(packed, dense) <= 2e-3 * dense.abs().max()
+        del packed
+    gc.collect()
+    torch.cuda.empty_cache()
+    now = llava.state_dict()
+    assert all(torch.equal(state[k], now[k]) for k in state)
+    assert torch.equal(llava(**inputs).logits, dense)
+    assert torch.cuda.memory_allocated() - before < 1 << 20, "graphs left memory behind"
+
+
+@torch.no_grad()
+def test_threads_share_graphs_and_not_results(llava: nn.Module) -> None:
+    many = [bench.make_inputs(llava, 1, None, text) for text in (40, 44, 48, 52)]
+    for i, inputs in enumerate(many):
+        inputs["pixel_values"] = inputs["pixel_values"].roll(i + 1, -1)
+    with vtprune.apply(llava, "norm", keep=KEEP, compile="graph"):
+        expected = [llava(**inputs).logits.clone() for inputs in many]
+        wrong: list[Any] = []
+
+        def client(i: int) -> None:
+            with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda.current_stream().synchronize()
+                for _ in range(10):
+                    out = llava(**many[i]).logits
+                    torch.cuda.current_stream().synchronize()
+                    if error(out, expected[i]) > 1e-4 * expected[i].abs().max():
+                        wrong.append(i)
+
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(len(many))]
+        torch.cuda.synchronize()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("compile", [None, "graph"])
+@pytest.mark.parametrize("method", FIXED)
+@torch.no_grad()
+def test_one_wait_for_the_device_per_prefill(
+    llava: nn.Module, method: str, compile: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None in score, select and pack; one in all that vtprune does before the language model: the segment table."""
+    waits: list[str] = []
+    prune_prompt, enter = attach.prune_prompt, attach.Engine._enter_text_model
+
+    def strict(*args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            prune_prompt(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def counted(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            try:
+                return enter(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                waits.extend(str(w.message) for w in seen if "synchronizing" in str(w.message))
+
+    inputs = bench.make_inputs(llava, 2)
+    try:
+        with vtprune.apply(llava, method, keep=KEEP) as handle:
+            handle._engine.job.trusted = True  # its first selection is checked, which waits, once
+            llava(**inputs)  # kernels are compiled, and tables are made
+    except vtprune.errors.VTPruneError as error:
+        assert method in ("embedlens",), error  # it needs a calibration that fits
+        return
+    monkeypatch.setattr(attach, "prune_prompt", strict)
+    monkeypatch.setattr(attach.Engine, "_enter_text_model", counted)
+    with vtprune.apply(llava, method, keep=KEEP, compile=compile) as handle:
+        handle._engine.job.trusted = True
+        llava(**inputs)
+        waits.clear()
+        llava(**inputs)
+    assert len(waits) <= 1, waits
+
+
+@torch.no_grad()
+def test_no_more_memory_than_dense_and_the_cache_shrinks_to_the_byte() -> None:
+    model, _ = vtprune.load("pocket-llava", device="cuda", dtype=torch.bfloat16)
+    inputs = bench.make_inputs(model, 12)
+
+    def run() -> tuple[int, int]:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+        return torch.cuda.max_memory_allocated(), kv_bytes(out.past_key_values)
+
+    peak, held = run()
+    for method in ("grid", "norm", "idpruner", "divprune", "visionzip"):
+        with vtprune.apply(model, method, keep=KEEP):
+            peak_now, held_now = run()
+        assert peak_now <= peak, method
+        assert held_now * (576 + 64) == held * (144 + 64)

@@ -1,0 +1,682 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``compile="graph"``: prefill through CUDA graphs, because at batch 1 a pruned prompt is bound by kernel launches.
+
+With a fixed budget the length of a packed prompt is known before it runs. It is padded to one of a few lengths
+(`bucket`), and for each of them the decoder is captured once: RMSNorm, RoPE, SwiGLU and residual sums fused by
+inductor, attention as PyTorch's own causal kernel, all layers and the rotary embedding in one CUDA graph with static
+input, output and key-value buffers. A replay is a single launch. Padding stands at the right, where causal attention
+never looks, so no mask is needed and rows of the prompt are the same whatever the bucket; keys and values of the
+prompt alone are copied into the caller's cache, which decoding goes on from as ever.
+
+Projections that read the same input are one matrix product each. Their weights are put side by side in memory and the
+parameters of the model become views of that, so nothing is held twice; `PrefillGraphs.detach` gives each its own
+memory again. Values never change.
+
+What cannot run this way runs as without it, and `Report.compiled` says why. Nothing here is used unless asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..models.base import Family
+from ..tokens import Probe
+from . import positions as pos
+
+if TYPE_CHECKING:
+    from .call import Call, Job
+    from .probes import EncoderTap
+
+#: Decoder layers of transformers that compute what `decoder_layer` does.
+DECODERS = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen2VLDecoderLayer",
+    "Qwen2_5_VLDecoderLayer",
+)
+#: Graphs kept per part of the model; the least recently used one makes room.
+MAX_GRAPHS = 8
+#: Rows of a batch beyond which launches no longer matter and static buffers would cost more than they give.
+MAX_ROWS = 1 << 15
+#: Up to so many rows reading the weights bounds the layer, and tuning the matrix products is worth the wait.
+TUNED_ROWS = 512
+WARM_UP = 2
+
+#: Arguments of the text model that the graph honours, or that make no difference to a prefill.
+_HONOURED = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"}
+_NO_DIFFERENCE = {"return_dict", "mm_token_type_ids", "logits_to_keep", "rope_deltas"}
+
+
+class Unfit(Exception):
+    """Why something cannot run as a graph, in words."""
+
+
+def bucket(rows: int) -> int:
+    """The captured length that `rows` rows are padded to: multiples of 32, then eight lengths per doubling."""
+    step = max(32, (1 << (rows - 1).bit_length()) >> 4)
+    return -(-rows // step) * step
+
+
+def obstacle(device: torch.device) -> str:
+    """Why no graph can be captured on this device; empty where it can."""
+    if device.type != "cuda":
+        return f"the model is on the {device.type}, and CUDA graphs need a CUDA device"
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 5):
+        return f"PyTorch is {torch.__version__}, and the graph needs 2.5 (grouped-query attention)"
+    return ""
+
+
+class Weights(NamedTuple):
+    """What one decoder layer is made of; ``qkv`` and ``gate_up`` lie side by side in memory."""
+
+    norm_in: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    norm_mlp: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of a decoder that its code depends on."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def decoder_layer(
+    hidden: Tensor, update: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, w: Weights, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """One pre-norm decoder layer over a whole prompt without past.
+
+    Parameters
+    ----------
+    hidden, update : Tensor
+        ``[B, C, D]``: the residual stream, and what the layer before adds to it. The sum is taken here, so that it is
+        fused with the norm that reads it.
+    cos, sin : Tensor
+        ``[B, 1, C, d]``.
+    cache : Tensor
+        ``[2, B, Hkv, C, d]``, filled with rotated keys, and values.
+
+    Returns
+    -------
+    hidden, update
+        For the next layer.
+    """
+    batch, length, _ = hidden.shape
+    hidden = hidden + update
+    rows = nn.functional.linear(rms_norm(hidden, w.norm_in, shape.eps), w.qkv, w.qkv_bias)
+    rows = rows.view(batch, length, shape.heads + 2 * shape.kv_heads, shape.head_dim).transpose(1, 2)
+    query, key, value = rows.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    cache[0].copy_(key)
+    cache[1].copy_(value)
+    mixed = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=shape.heads != shape.kv_heads
+    )
+    hidden = hidden + nn.functional.linear(mixed.transpose(1, 2).flatten(2), w.out, w.out_bias)
+    rows = nn.functional.linear(rms_norm(hidden, w.norm_mlp, shape.eps), w.gate_up, w.gate_up_bias)
+    gate, up = rows.chunk(2, dim=-1)
+    return hidden, nn.functional.linear(nn.functional.silu(gate) * up, w.down, w.down_bias)
+
+
+def last_norm(hidden: Tensor, update: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+    return rms_norm(hidden + update, weight, shape.eps)
+
+
+def fused(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """`function` compiled by inductor for one shape.
+
+    From a copy of its code, since PyTorch counts recompilations per code object and gives up after a few.
+    """
+    name = f"{function.__name__}_{rows}"
+    copy = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    tuned = {"max_autotune_gemm": True} if rows <= TUNED_ROWS else {}
+    return torch.compile(copy, fullgraph=True, dynamic=False, options={"triton.cudagraphs": False, **tuned})
+
+
+class Replay:
+    """Work captured in a CUDA graph. Calling it launches the graph and returns the static tensors of the capture."""
+
+    #: Whether `decoder_layer` is worth compiling where this runs.
+    fuses = True
+
+    def __init__(self, work: Callable[[], Any], device: torch.device, pool: Any) -> None:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                work()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the device meanwhile.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.out = work()
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.out
+
+    @staticmethod
+    def pool(device: torch.device) -> Any:
+        with torch.cuda.device(device):
+            return torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def pool_bytes(pool: Any) -> int:
+        """Bytes that the allocator holds for a pool."""
+        return sum(
+            s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", ())) == tuple(pool)
+        )
+
+
+@dataclass
+class Captured:
+    """One graph, with the buffers that it reads and writes."""
+
+    replay: Any
+    inputs: tuple[Tensor, ...]
+    outputs: Any
+    bytes: int
+
+
+class Shelf:
+    """The graphs of one part of the model, captured on demand, least recently used first.
+
+    Replays share one memory pool: nothing in it is needed after a replay, because results are copied out before the
+    next one. That order also holds between streams (`run`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = Replay.pool(device)
+        self.graphs: OrderedDict[Any, Captured] = OrderedDict()
+        self.refused: dict[Any, str] = {}
+        self.lock = threading.Lock()
+        self.done: Any = None
+        self.about = ""
+
+    def run(
+        self, key: Any, make: Callable[[], Captured], fill: Callable[..., object], take: Callable[[Any], Any]
+    ) -> Any:
+        """Find or make the graph of `key`, ``fill(*inputs)``, replay it, and return what ``take(outputs)`` copies.
+
+        Raises
+        ------
+        Unfit
+            The graph cannot be captured; it is not tried again.
+        """
+        # Buffers are ordinary tensors even if the caller is in inference mode, so that both modes can use them.
+        with self.lock, self._here(), torch.inference_mode(False), torch.no_grad():
+            if key in self.refused:
+                raise Unfit(self.refused[key])
+            if self.done is not None:
+                torch.cuda.current_stream(self.device).wait_event(self.done)
+            if key not in self.graphs:
+                while len(self.graphs) >= MAX_GRAPHS:
+                    self.graphs.popitem(last=False)
+                try:
+                    self.graphs[key] = make()
+                    self._count()
+                except Exception as error:  # inductor, Triton and CUDA each raise their own
+                    self.refused[key] = f"capture failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+                    raise Unfit(self.refused[key]) from error
+            self.graphs.move_to_end(key)
+            captured = self.graphs[key]
+            fill(*captured.inputs)
+            captured.replay()
+            out = take(captured.outputs)
+            if self.device.type == "cuda":
+                self.done = torch.cuda.Event()
+                self.done.record(torch.cuda.current_stream(self.device))
+            return out
+
+    def _here(self) -> Any:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def _count(self) -> None:
+        """Say in words how many graphs there are, and what memory they hold."""
+        static = sum(captured.bytes for captured in self.graphs.values())
+        pool = Replay.pool_bytes(self.pool)
+        self.about = f"{len(self.graphs)} captured, {static >> 20} MiB of buffers, {pool >> 20} MiB of pool"
+
+
+class _Local(threading.local):
+    tower = "the vision tower has not run"
+
+
+class PrefillGraphs:
+    """Graphs of one model's decoder and CLIP-type vision tower; wraps ``forward`` of both instances while attached.
+
+    Parameters
+    ----------
+    family
+        The family, bound to the model.
+    tap
+        Says which encoder probes are wanted, and takes them.
+    job, current
+        What applies in this thread, and the forward that is running in it.
+    own_hooks
+        Ids of the engine's own hooks. Any other hook on a decoder layer would not run, so there is no graph then.
+
+    Raises
+    ------
+    Unfit
+        This model cannot run as a graph.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        tap: EncoderTap,
+        job: Callable[[], Job | None],
+        current: Callable[[], Call | None],
+        own_hooks: Callable[[], Collection[int]],
+    ) -> None:
+        self.family, self.tap, self.job, self.current, self.own_hooks = family, tap, job, current, own_hooks
+        self.local = _Local()
+        lm = family.lm
+        self.device = lm.get_input_embeddings().weight.device
+        why = obstacle(self.device) or _unknown(lm)
+        if why:
+            raise Unfit(why)
+        attention, config = lm.layers[0].self_attn, lm.config
+        self.shape = Shape(
+            config.num_attention_heads,
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            attention.head_dim,
+            lm.norm.variance_epsilon,
+        )
+        self.layers = [_side_by_side(layer) for layer in lm.layers]
+        self.lm_modules = _Modules([*lm.layers, lm.norm])
+        self.shelf = Shelf(self.device)
+        self.wrapped: list[tuple[Any, Any]] = []
+        self._wrap(lm, self._text_forward)
+        tower = getattr(family.inner, "vision_tower", None)
+        self.tower_obstacle = ""
+        if tower is None:
+            self.tower_obstacle = f"the encoder of {family.label} reads picture sizes as it runs"
+        elif "forward" in tower.__dict__ or hasattr(tower, "_hf_hook"):
+            self.tower_obstacle = "something else has replaced the vision tower's forward"
+        else:
+            self.tower_modules = _Modules([tower], called=tower)
+            self.tower_shelf = Shelf(self.device)
+            self._wrap(tower, self._tower_forward)
+
+    def _wrap(self, module: Any, forward: Callable[..., Any]) -> None:
+        original = module.forward
+        module.forward = functools.wraps(original)(functools.partial(forward, original))
+        self.wrapped.append((module, module.forward))
+
+    def tampered(self) -> str:
+        """What was done to the decoder, so that a graph would not do what it does; empty where nothing was.
+
+        The engine asks while the GPU still encodes the picture: looking at every module takes the host a while.
+        """
+        try:
+            self.lm_modules.check(self.own_hooks())
+        except Unfit as why:
+            return str(why)
+        return ""
+
+    def detach(self) -> None:
+        """Put everything back; parameters have their own memory again."""
+        for module, wrapper in self.wrapped:
+            if module.__dict__.get("forward") is wrapper:
+                del module.forward
+        self.wrapped, self.layers = [], []
+        for shelf in (self.shelf, *([] if self.tower_obstacle else [self.tower_shelf])):
+            shelf.graphs.clear()
+        self.lm_modules.held.clear()  # or every layer would be held twice below
+        for layer in self.family.lm.layers:
+            for group in _groups(layer):
+                for parameter in (p for linear in group for p in (linear.weight, linear.bias) if p is not None):
+                    parameter.data = parameter.data.clone()
+
+    # -- the decoder --------------------------------------------------------------------------------------------------
+
+    def _text_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self.current()
+        if call is None or call.job is None or call.job.config.compile is None or not call.packs or args:
+            return original(*args, **kwargs)
+        call.compiled["vision tower"] = f"eager: {self.tower_obstacle}" if self.tower_obstacle else self.local.tower
+        rotary, call.rotary = call.rotary, None  # else the capture's own rotary embedding would be given it
+        try:
+            self._check(call, kwargs)
+            positions = rotary if rotary is not None else pos.without_text_row(kwargs["position_ids"])
+            hidden, cache = self.prefill(kwargs["inputs_embeds"], positions, _cache_for(self.family.lm, kwargs))
+        except Unfit as why:
+            call.rotary = rotary
+            call.compiled["language model"] = f"eager: {why}"
+            return original(**kwargs)
+        call.compiled["language model"] = f"graph of {bucket(hidden.shape[1])} rows a sample; {self.shelf.about}"
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _check(self, call: Call, kw: dict[str, Any]) -> None:
+        """Raise `Unfit` where the graph would not do what the model does."""
+        job, embeds = call.job, kw["inputs_embeds"]
+        assert job is not None and call.state is not None
+        config = self.family.lm.config
+        ruled_out = {
+            "it was taken off the model": not self.layers,
+            "the method acts inside the language model": bool(job.layer_stages or job.layer_probes),
+            "something looks at the layers": call.watched or call.entry is not None,
+            "the prompt extends a cache": call.past > 0,
+            "samples of the batch have different lengths": not call.packs[0].full,
+            "gradients are on": torch.is_grad_enabled() and (embeds.requires_grad or self.lm_modules.trains()),
+            "the model is in training mode": self.family.lm.training,
+            "autocast is on": torch.is_autocast_enabled(self.device.type),
+            "an op counter or another dispatch mode is on": torch._C._len_torch_dispatch_stack() > 0,
+            "hidden states or attention maps were asked for": any(
+                kw.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
+            ),
+            f"{embeds.shape[0]} x {embeds.shape[1]} rows are too many to gain from it": (
+                embeds.shape[0] * bucket(embeds.shape[1]) > MAX_ROWS
+            ),
+            "embeddings are on another device, or of another dtype, than the weights": (
+                embeds.device != self.device or embeds.dtype != self.lm_modules.dtype
+            ),
+        }
+        for reason, holds in ruled_out.items():
+            if holds:
+                raise Unfit(reason)
+        for name, value in kw.items():
+            known = name in _HONOURED or name in _NO_DIFFERENCE or name.startswith("output_")
+            if not known and value is not None and value is not False:
+                raise Unfit(f"it does not know the argument {name}")
+        if call.tampered:
+            raise Unfit(call.tampered)
+
+    def prefill(self, embeds: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Run the decoder over ``embeds [B, P, D]`` without past, all rows valid.
+
+        Parameters
+        ----------
+        positions : Tensor
+            ``[B, P]``, or ``[3, B, P]`` for M-RoPE.
+        cache
+            An empty `DynamicCache` to fill, or None.
+
+        Returns
+        -------
+        hidden : Tensor
+            ``[B, P, D]``, after the last norm.
+        cache
+            The same.
+
+        Raises
+        ------
+        Unfit
+            The graph cannot be captured.
+        """
+        batch, rows, _ = embeds.shape
+
+        def fill(static: Tensor, at: Tensor, _cache: Tensor) -> None:
+            static[:, :rows].copy_(embeds)
+            static[:, rows:].zero_()  # what stands there reaches no row of the prompt, as long as it is finite
+            at[..., :rows].copy_(positions)
+
+        def take(out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+            hidden, kv = out
+            return hidden[:, :rows].clone(), None if cache is None else kv[..., :rows, :].clone()
+
+        key = (batch, bucket(rows), positions.ndim)
+        hidden, kv = self.shelf.run(key, lambda: self._capture(*key, embeds.shape[-1]), fill, take)
+        if kv is not None:
+            _fill_cache(cache, kv)
+        return hidden, cache
+
+    def _capture(self, batch: int, length: int, ndim: int, width: int) -> Captured:
+        shape, rows, lm = self.shape, batch * length, self.family.lm
+        like = {"device": self.device, "dtype": self.lm_modules.dtype}
+        embeds = torch.zeros(batch, length, width, **like)
+        positions = torch.zeros(*([3] if ndim == 3 else []), batch, length, dtype=torch.int64, device=self.device)
+        cache = torch.zeros(len(self.layers), 2, batch, shape.kv_heads, length, shape.head_dim, **like)
+        layer, norm = decoder_layer, last_norm
+        if Replay.fuses:
+            layer, norm = fused(decoder_layer, rows), fused(last_norm, rows)
+
+        def work() -> tuple[Tensor, Tensor]:
+            cos, sin = self.family.plain_rotary(*lm.rotary_emb(embeds, positions))
+            cos, sin = (e.expand(batch, -1, -1).unsqueeze(1).contiguous() for e in (cos, sin))
+            hidden, update = embeds, torch.zeros_like(embeds)
+            for i, weights in enumerate(self.layers):
+                hidden, update = layer(hidden, update, cos, sin, cache[i], weights, shape)
+            return norm(hidden, update, lm.norm.weight, shape), cache
+
+        replay = Replay(work, self.device, self.shelf.pool)
+        static = (embeds, positions, cache)
+        return Captured(replay, static, replay.out, sum(t.nbytes for t in static))
+
+    # -- the vision tower ---------------------------------------------------------------------------------------------
+
+    def _tower_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        job = self.job()
+        if job is None or job.config.compile is None:
+            return original(*args, **kwargs)
+        try:
+            out = self._run_tower(original, args, kwargs)
+        except Unfit as why:
+            self.local.tower = f"eager: {why}"
+            return original(*args, **kwargs)
+        self.local.tower = f"graph; {self.tower_shelf.about}"
+        return out
+
+    def _run_tower(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
+        pixels = given.pop("pixel_values", None)
+        if len(args) > 1 or not isinstance(pixels, Tensor) or pixels.device != self.device:
+            raise Unfit("pixels did not come as one tensor on the model's device")
+        if any(not isinstance(v, bool | int | str | type(None)) for v in given.values()):
+            raise Unfit("the vision tower was given more than pixels and switches")
+        if torch.is_grad_enabled() and (pixels.requires_grad or self.tower_modules.trains()):
+            raise Unfit("gradients are on")
+        if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
+            raise Unfit("autocast, an op counter or another dispatch mode is on")
+        ours = {*self.own_hooks(), *(hook.id for hooks in self.tap.hooks.values() for hook in hooks)}
+        wanted = frozenset(self.tap.wanted())
+
+        def make() -> Captured:
+            static = torch.zeros_like(pixels, memory_format=torch.contiguous_format)
+
+            def work() -> tuple[Any, dict[Probe, Tensor]]:
+                with self.tap.capturing() as captured:
+                    out = original(static, **given)
+                return out, captured
+
+            replay = Replay(work, self.device, self.tower_shelf.pool)
+            return Captured(replay, (static,), replay.out, static.nbytes)
+
+        def take(out: Any) -> Any:
+            leaves, spec = pytree.tree_flatten(out)
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            copies = [torch.empty_like(t) for t in tensors]
+            torch._foreach_copy_(copies, tensors)
+            fresh = iter(copies)
+            return pytree.tree_unflatten([next(fresh) if isinstance(x, Tensor) else x for x in leaves], spec)
+
+        key = (tuple(pixels.shape), pixels.dtype, wanted, tuple(sorted(given.items(), key=lambda item: item[0])))
+        if key not in self.tower_shelf.graphs:
+            self.tower_modules.check(ours)
+        out, captured = self.tower_shelf.run(key, make, lambda static: static.copy_(pixels), take)
+        self.tower_modules.check(ours)  # while the GPU is at it; what it reads is held below, whatever was moved
+        self.tap.hand_over(captured)
+        return out
+
+
+class _Modules:
+    """Modules that a graph stands for, with what must not change about them.
+
+    Parameters
+    ----------
+    roots
+        They and all that is in them.
+    called
+        The one whose ``forward`` is wrapped: its own hooks run around the graph.
+    """
+
+    def __init__(self, roots: list[Any], called: Any = None) -> None:
+        self.modules = [m for root in roots for m in root.modules()]
+        self.skipped = [m for m in self.modules if m is not called]
+        self.children = [(m._modules, n, child) for m in self.modules for n, child in m._modules.items()]
+        owned = [(m._parameters, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None]
+        self.parameters = [(where, name, p, p.data_ptr()) for where, name, p in owned]
+        self.held = [p.data for _, _, p in owned]
+        self.dtype = self.parameters[0][2].dtype
+
+    def trains(self) -> bool:
+        return any(p.requires_grad for _, _, p, _ in self.parameters)
+
+    def check(self, own: Collection[int]) -> None:
+        """Raise `Unfit` where a module, a parameter or its memory was replaced, or something hooked itself in."""
+        if any(where.get(name) is not child for where, name, child in self.children):
+            raise Unfit("a module of the model was replaced after vtprune was applied; apply it again")
+        if any(where.get(name) is not p or p.data_ptr() != at for where, name, p, at in self.parameters):
+            raise Unfit("weights of the model were moved after vtprune was applied; apply it again")
+        for module in self.skipped:
+            if "forward" in module.__dict__:
+                raise Unfit("the forward of a module was replaced")
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in hooks.items():
+                    # Those of transformers record hidden states and attention maps, where these are asked for.
+                    if key not in own and not str(getattr(hook, "__module__", "")).startswith("transformers."):
+                        raise Unfit("a forward hook that is not vtprune's is on a module")
+
+
+def _groups(layer: Any) -> tuple[tuple[Any, ...], ...]:
+    """Linear layers of a decoder layer that read the same input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+
+
+def _unknown(lm: Any) -> str:
+    """Why the decoder is not one that `decoder_layer` computes; empty if it is."""
+    if "forward" in lm.__dict__ or hasattr(lm, "_hf_hook"):
+        return "something else (accelerate, for example) has replaced the language model's forward"
+    rope = getattr(lm.rotary_emb, "rope_type", "default")
+    if "dynamic" in rope or "longrope" in rope:
+        return f"the rotary embedding ({rope}) depends on the longest position"
+    if not hasattr(getattr(lm, "norm", None), "variance_epsilon"):
+        return f"the last norm of {type(lm).__name__} is not an RMSNorm"
+    first = next(lm.layers[0].parameters())
+    for layer in lm.layers:
+        name = type(layer).__name__
+        if name not in DECODERS or not type(layer).__module__.startswith("transformers."):
+            return f"its decoder layers are {name}, which the graph does not know"
+        if getattr(layer.self_attn, "sliding_window", None):
+            return "it has sliding-window layers"
+        if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+            return f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
+        linears = [*(m for group in _groups(layer) for m in group), layer.self_attn.o_proj, layer.mlp.down_proj]
+        if any(type(m) is not nn.Linear for m in linears):
+            return "linear layers are wrapped or quantised (LoRA adapters, for example: merge them)"
+        if any(p.dtype != first.dtype or p.device != first.device for p in layer.parameters()):
+            return "its weights are on several devices or of several dtypes"
+        for group in _groups(layer):
+            if len({m.bias is None for m in group}) > 1:
+                return "some of its projections that belong together have a bias and some have none"
+    return ""
+
+
+@torch.no_grad()
+def _side_by_side(layer: Any) -> Weights:
+    """Put weights of a layer that read the same input side by side; its parameters become views of that."""
+
+    def join(parameters: list[Any]) -> Tensor | None:
+        if parameters[0] is None:
+            return None
+        whole = torch.cat([p.data for p in parameters])
+        first = 0
+        for parameter in parameters:
+            size = parameter.shape[0]
+            parameter.data = whole[first : first + size]
+            first += size
+        return whole
+
+    joined = [(join([m.weight for m in group]), join([m.bias for m in group])) for group in _groups(layer)]
+    (qkv, qkv_bias), (gate_up, gate_up_bias) = joined
+    if qkv is not None and qkv.is_cuda:
+        torch.cuda.empty_cache()  # or what was freed would stay reserved in pieces that nothing fits into
+    out, down = layer.self_attn.o_proj, layer.mlp.down_proj
+    assert qkv is not None and gate_up is not None
+    return Weights(
+        layer.input_layernorm.weight.data,
+        qkv,
+        qkv_bias,
+        out.weight.data,
+        None if out.bias is None else out.bias.data,
+        layer.post_attention_layernorm.weight.data,
+        gate_up,
+        gate_up_bias,
+        down.weight.data,
+        None if down.bias is None else down.bias.data,
+    )
+
+
+def empty_cache_for(lm: Any) -> Any:
+    """The cache that a text model makes for itself."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=lm.config)
+
+
+def _cache_for(lm: Any, kw: dict[str, Any]) -> Any:
+    """The empty dynamic cache that a prefill fills; None if it is to fill none."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    use = kw.get("use_cache")
+    if not (getattr(lm.config, "use_cache", True) if use is None else use):
+        return None
+    cache = kw.get("past_key_values")
+    if cache is None:
+        cache = empty_cache_for(lm)
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        raise Unfit(f"the cache is a {type(cache).__name__}, not a plain dynamic one")
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise Unfit("the cache has layers that are not plain dynamic ones")
+    return cache
+
+
+def _fill_cache(cache: Any, kv: Tensor) -> None:
+    """Hand keys and values ``[layers, 2, B, Hkv, P, d]`` to an empty cache, as views: no copy, no launch."""
+    from transformers.cache_utils import DynamicLayer
+
+    for i, (keys, values) in enumerate(pair.unbind() for pair in kv.unbind()):
+        if i == len(cache.layers):
+            cache.layers.append(DynamicLayer())
+        layer = cache.layers[i]
+        wanted = layer.lazy_initialization.__code__.co_argcount - 1  # (4.57: keys alone)
+        layer.lazy_initialization(*(keys, values)[:wanted])
+        layer.keys, layer.values = keys, values
