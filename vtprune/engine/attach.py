@@ -22,8 +22,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from .. import compat
 from ..config import PruneConfig
 from ..errors import ConfigError, InputError, UnsupportedModelError, VTPruneError, VTPruneWarning
 from ..models.base import PIXEL_KEYS, Family
@@ -72,6 +74,7 @@ class Engine:
                 f"the language model {type(family.lm).__name__} has no rotary_emb or no layers, so its positions "
                 "cannot be kept; use a checkpoint with a Llama-like or Qwen-like language model"
             )
+        compat.check_transformers(transformers.__version__)
         self.family = family
         self.tap = probes.EncoderTap(family, self._wanted_probes)
         self.signature = list(inspect.signature(family.inner.forward).parameters)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..kernels.attention_rows import attention_rows
 from ..tokens import CLS_ROW, PRE_PROJECTOR, Probe
 
@@ -399,8 +400,7 @@ class ClipTowerMixin:
 
     @property
     def tower(self) -> Any:
-        # Older transformers (5.0, 4.57) wrap the transformer once more.
-        return getattr(self.inner.vision_tower, "vision_model", self.inner.vision_tower)
+        return compat.clip_tower(self.inner.vision_tower)
 
     @property
     def has_cls(self) -> bool:
