@@ -15,8 +15,10 @@ KEEP ?= 1/4
 OVERLAY ?= kept.png
 PYTEST_ARGS ?=
 PORT ?= 7860
+# Versions of transformers; "installed" is the one that `make test` runs with.
+MATRIX ?= 4.57.6 5.0.0 installed
 
-.PHONY: ask demo test test-gpu lint format clean help
+.PHONY: ask demo test test-gpu test-matrix lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -34,6 +36,9 @@ test: lint  ## install with the dev extras, lint, then run the whole test suite
 test-gpu: $(VENV)/installed-dev  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
+test-matrix: $(VENV)/installed-dev  ## a part of the conformance suite under each supported transformers (MATRIX)
+	.ci/matrix $(BIN)/python $(MATRIX)
+
 lint: $(VENV)/installed-dev  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -44,7 +49,7 @@ format: $(VENV)/installed-dev  ## fix what ruff can fix
 	$(BIN)/ruff format $(SOURCES)
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import vtprune
-from benchmarks import accuracy, corematching, endtoend, icl, kernels, lens, prefill
+from benchmarks import accuracy, corematching, endtoend, icl, kernels, lens, prefill, video
+from vtprune.eval import runner
 from vtprune.lens import Lens
 from vtprune.lens.probe import View
 from vtprune.models.pocket import data
@@ -324,3 +325,14 @@ def test_targets_are_read_off_the_rows() -> None:
     assert (
         not found["KV bytes of grid beyond their share"].met and found["KV bytes of grid, graph beyond their share"].met
     )
+
+
+def test_the_video_table_is_that_of_accuracy_with_its_own_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr(accuracy, "main", lambda arguments: told.append(arguments) or 0)
+    assert video.main(["--questions", "7"]) == 0
+    (arguments,) = told
+    assert arguments[:4] == ["--model", "pocket-qwen2.5-vl", "--task", "pocketvqa/video"]
+    assert arguments[-2:] == ["--questions", "7"], "what the user gives comes last, and wins"
+    assert {"frames", "evs", "vidcom2"} < set(video.METHODS) < set(arguments)
+    assert len(runner.combinations(video.METHODS, ["1/4", "1/9"])) == 2 * len(video.METHODS)

@@ -317,7 +317,9 @@ def test_an_allocation_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = make_tokens([[[(6, 6), (2, 2)]], [[(4, 4)]]])
     assert Budget(0.25, allocation="first").pools(tokens) == ((36, 4, 16), (10, 0, 4))
     assert "first" in budgets.allocations()
-    with pytest.raises(ConfigError, match="choose one of equal, proportional, pooled, first, globalcom2"):
+    with pytest.raises(
+        ConfigError, match="choose one of equal, proportional, pooled, change, first, globalcom2, vidcom2"
+    ):
         Budget(0.25, allocation="second")
 
 

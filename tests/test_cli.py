@@ -192,6 +192,14 @@ def printed_methods(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return printed.out
 
 
+def columns_of_families() -> list[list[str]]:
+    """Families with the same answer for every method share a column."""
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for kind in models.served(vtprune.methods()["norm"]):
+        columns.setdefault(tuple(models.served(cls)[kind] for cls in vtprune.methods().values()), []).append(kind)
+    return list(columns.values())
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_methods(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -204,8 +212,11 @@ def test_methods(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         flags = ["yes" if flag else "no" for flag in (cls.query_aware, cls.training_free, cls.adaptive)]
         assert row[-4:] == [*flags, cls.paper]
         row = re.search(rf"^{re.escape(name)} .*$", served, re.MULTILINE)[0].split()
-        assert row[1:] == ["image,", "video", *models.served(cls).values()]
-    assert served.split("\n")[0].split() == ["method", "modality", *tiny.FAMILIES]
+        answers = models.served(cls)
+        assert row[1:] == ["image,", "video", *(answers[kinds[0]] for kinds in columns_of_families())]
+        assert all(answers[kind] == answers[kinds[0]] for kinds in columns_of_families() for kind in kinds)
+    head = served.split("\n" + min(vtprune.methods()))[0].split()
+    assert sorted(head) == sorted(["method", "modality", *tiny.FAMILIES, *tiny.MORE])
     assert legend.startswith("yes: ") and "stand-in: " in legend and "untested" not in legend
 
 
@@ -242,7 +253,7 @@ def test_methods_of_another_package(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     registry.register("far")(Far)
     out = printed_methods(capsys, "far")
     assert re.search(r"^path +required", out, re.MULTILINE) and re.search(r"^steps +\[1, 2\]", out, re.MULTILINE)
-    assert re.search(r"^far +image, video( +untested){4}", out, re.MULTILINE) and "untested: " in out
+    assert re.search(r"^far +image, video +untested\s*$", out, re.MULTILINE) and "untested: " in out
 
 
 def test_methods_does_not_know_a_method(capsys: pytest.CaptureFixture[str]) -> None:

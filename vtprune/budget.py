@@ -176,6 +176,8 @@ class Budget:
         - ``"pooled"``: all segments of an image compete.
         - ``"globalcom2"``: crops for which the thumbnail has more to show, and frames that differ more from their clip,
           keep more (see `vtprune.pruners.globalcom2`). One wait for the device.
+        - ``"change"``: frames keep in proportion to how much they change since the one before (`vtprune.pruners.evs`).
+        - ``"vidcom2"``: frames unlike their clip keep more (`vtprune.pruners.vidcom2`). Both wait for the device once.
 
         With ``scope="joint"`` everything in the sample competes, and this has no say.
     """

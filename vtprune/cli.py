@@ -46,7 +46,7 @@ REPEAT_SECONDS, REPEATS = 2.0, 9
 SERVED = {
     "yes": "the conformance suite runs it, with all that it asks of the encoder",
     "stand-in": "it runs, too; without a CLS token something else takes its place",
-    "no": "refused, because the encoder lacks what the method cannot do without",
+    "no": "refused, because the encoder lacks what the method needs, or its layers lie too low (name others)",
     "untested": "a method of another package",
 }
 
@@ -329,6 +329,48 @@ def _evaluate_to_file(
     if table is not None:
         to_csv(summary, table)
     print(to_markdown(summary))
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model that ships with vtprune, a hub name, a checkpoint folder, or one with only a config.json.",
+            show_default=False,
+        ),
+    ],
+    device: Annotated[str | None, typer.Option(help="For example cpu or cuda:0.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Say what a model has of what vtprune needs, and what works. Exit code 1 where something does not."""
+    with _quiet(as_json) as say:
+        from .doctor import bare, examine
+
+        folder = Path(model)
+        if (folder / "config.json").is_file() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+            say(f"building {model} without weights")
+            checks = examine(bare(folder))
+        else:
+            say(f"loading {model}")
+            net, processor = _load(model, device, dtype)
+            from PIL import Image
+
+            from .models.loading import build_inputs
+
+            say("trying")
+            picture = Image.radial_gradient("L").resize((320, 240)).convert("RGB")
+            checks = examine(net, build_inputs(net, processor, picture, "what is in the picture ?"))
+    if as_json:
+        print(json.dumps({"model": model, "checks": [check._asdict() for check in checks]}))
+    else:
+        table = _plain_table("", "", "")
+        for check in checks:
+            table.add_row(check.name, check.state, check.note)
+        Console(highlight=False, markup=False).print(table)
+    if any(check.state == "no" for check in checks):
+        raise typer.Exit(1)
 
 
 @app.command("bench")
@@ -698,12 +740,15 @@ def _print_methods(found: dict[str, dict[str, Any]], in_full: bool) -> None:
         console.print()
     flags = ("query_aware", "training_free", "adaptive")
     declared = _plain_table("method", "mechanism", "query\naware", "training\nfree", "adaptive", "paper")
-    served = _plain_table("method", "modality", *next(iter(found.values()))["families"])
+    alike: dict[tuple[str, ...], list[str]] = {}  # families that all methods here serve alike share a column
+    for kind in next(iter(found.values()))["families"]:
+        alike.setdefault(tuple(method["families"][kind] for method in found.values()), []).append(kind)
+    served = _plain_table("method", "modality", *("\n".join(kinds) for kinds in alike.values()))
     for name, method in found.items():
         mechanism, modality = (", ".join(method[kind]) for kind in ("mechanism", "modality"))
         yes_no = ["yes" if method[flag] else "no" for flag in flags]
         declared.add_row(name, mechanism or "none", *yes_no, method["paper"])
-        served.add_row(name, modality, *method["families"].values())
+        served.add_row(name, modality, *(method["families"][kinds[0]] for kinds in alike.values()))
     for table in (declared, served):
         console.print(table)
         console.print()

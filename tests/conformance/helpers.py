@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune.registry import Pruner
-from vtprune.tokens import PROJECTOR, Selection, Stage, VisualTokens
+from vtprune.tokens import PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
 
 from . import flash_contract
 from .reference import Kept, Prompt, Reference
@@ -79,7 +79,21 @@ class FailingPruner(Declared):
         return tokens.features.detach().float().norm(dim=-1)
 
 
-TEST_PRUNERS = {"test-layers": LayerPruner, "test-failing": FailingPruner}
+@dataclass
+class ProbePruner(Declared):
+    """Test-only: chooses by the rows before the projector, which must be those of the token."""
+
+    @property
+    def needs(self) -> frozenset[Probe]:
+        return frozenset({PRE_PROJECTOR})
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        raw = tokens.probes[PRE_PROJECTOR].float()
+        direction = torch.randn(raw.shape[1], generator=torch.Generator().manual_seed(4))
+        return (raw @ direction.to(raw.device)).view(len(tokens.source), -1).mean(1)
+
+
+TEST_PRUNERS = {"test-layers": LayerPruner, "test-failing": FailingPruner, "test-probe": ProbePruner}
 
 
 @dataclass
@@ -337,7 +351,7 @@ def rope_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
     def look(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         seen.append(_rope_positions(args, kwargs).clone())
 
-    handle = model.model.language_model.rotary_emb.register_forward_pre_hook(look, with_kwargs=True)
+    handle = tiny.decoder(model).rotary_emb.register_forward_pre_hook(look, with_kwargs=True)
     try:
         yield seen
     finally:
@@ -354,7 +368,7 @@ def rope_bug(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[N
             return args, {**kwargs, "position_ids": changed}
         return (args[0], changed, *args[2:]), kwargs
 
-    handle = model.model.language_model.rotary_emb.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = tiny.decoder(model).rotary_emb.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

@@ -22,9 +22,9 @@ Kept = Mapping[int | None, Tensor]
 
 
 class _Captured(Exception):
-    def __init__(self, embeds: Tensor):
+    def __init__(self, embeds: Tensor, deepstack: Sequence[Tensor]):
         super().__init__()
-        self.embeds = embeds
+        self.embeds, self.deepstack = embeds, deepstack
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Prompt:
     positions: Tensor  # [1 or 3, L]
     placeholder: Tensor  # [L] bool: pictures, clips and AnyRes newlines
     newline: Tensor  # [L] bool
+    deepstack: Sequence[Tensor] = ()  # layer -> [placeholders, D], what Qwen3-VL adds to their rows after it
 
     @property
     def visual(self) -> Tensor:
@@ -84,8 +85,15 @@ def grids_in_order(inputs: tiny.Inputs) -> list[tuple[int, int, int]]:
     while i < len(ids):
         if ids[i] in (tiny.IMAGE, tiny.VIDEO):
             t, h, w = next(images if ids[i] == tiny.IMAGE else videos)
-            grids.append((t, h // 2, w // 2))
-            i += t * h * w // 4
+            frame, apart = h * w // 4, t > 1 and ids[i + h * w // 4] != ids[i]
+            if apart:  # Qwen3-VL: every frame by itself, with words between them
+                for _ in range(t):
+                    i = ids.index(tiny.VIDEO, i)
+                    grids.append((1, h // 2, w // 2))
+                    i += frame
+            else:
+                grids.append((t, h // 2, w // 2))
+                i += t * frame
         else:
             i += 1
     return grids
@@ -96,7 +104,7 @@ class Reference:
 
     def __init__(self, twin: nn.Module):
         self.twin = twin
-        self.decoder = twin.model.language_model
+        self.decoder = tiny.decoder(twin)
 
     @contextmanager
     def _plain_attention(self) -> Iterator[None]:
@@ -111,15 +119,18 @@ class Reference:
 
     def embeddings(self, inputs: tiny.Inputs) -> Tensor:
         """``[B, L, D]``: what the twin's own vision path hands to its language model."""
+        return self._captured(inputs).embeds
+
+    def _captured(self, inputs: tiny.Inputs) -> _Captured:
 
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            raise _Captured(kwargs["inputs_embeds"])
+            raise _Captured(kwargs["inputs_embeds"], kwargs.get("deepstack_visual_embeds") or ())
 
         handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.twin.model(**{k: v for k, v in inputs.items() if k != "labels"})
         except _Captured as captured:
-            return captured.embeds
+            return captured
         finally:
             handle.remove()
         raise AssertionError("the language model was not called")
@@ -135,7 +146,8 @@ class Reference:
         """Embed one prompt that has no padding."""
         assert inputs["input_ids"].shape[0] == 1 and bool(inputs["attention_mask"].all())
         ids = inputs["input_ids"][0]
-        embeds = self.embeddings(inputs)[0]
+        captured = self._captured(inputs)
+        embeds = captured.embeds[0]
         placeholder = torch.isin(ids, torch.tensor(tiny.placeholders(self.twin), device=ids.device))
         newline = torch.zeros_like(placeholder)
         if hasattr(self.twin.model, "image_newline"):
@@ -144,7 +156,7 @@ class Reference:
             positions = self.rope_index(inputs)
         else:
             positions = torch.arange(len(ids), device=ids.device)[None]
-        return Prompt(ids, embeds, positions, placeholder, newline)
+        return Prompt(ids, embeds, positions, placeholder, newline, captured.deepstack)
 
     def run(
         self,
@@ -193,6 +205,10 @@ class Reference:
                 mask = torch.full((n, n), lowest, dtype=hidden.dtype, device=device).triu(1)[None, None]
                 out = layer(hidden[None], attention_mask=mask, position_embeddings=rope, use_cache=False)
                 hidden = (out[0] if isinstance(out, tuple) else out)[0]
+                if i < len(prompt.deepstack):
+                    rank = torch.cat([prompt.placeholder.long().cumsum(0) - 1, extra * 0])[slots]
+                    visual = torch.cat([prompt.placeholder, extra != extra])[slots]
+                    hidden = hidden + visual[:, None] * prompt.deepstack[i][rank.clamp_min(0)]
                 states[i] = (slots, hidden)
                 if i in kept:
                     keep = stays(i)

@@ -14,7 +14,7 @@ from torch import nn
 
 import vtprune
 from vtprune.budget import Budget
-from vtprune.errors import UnsupportedModelError
+from vtprune.errors import ConfigError, UnsupportedModelError
 from vtprune.models import FAMILIES, find_family, served
 from vtprune.tokens import CLS_LOGITS, CLS_ROW, LAST_CLS_LOGITS, PRE_PROJECTOR
 
@@ -114,7 +114,8 @@ def test_keeping_everything_changes_no_bit(method: str) -> None:
 
 @functools.cache
 def shared(family: str) -> nn.Module:
-    return tiny.build(family)
+    """Deep enough that layers named by methods lie as in a usual checkpoint with regard to DeepStack."""
+    return tiny.build(family, layers=12 if family == "qwen3_vl" else tiny.LAYERS)
 
 
 def probes_of(family: str) -> set[str]:
@@ -129,12 +130,13 @@ def outcome(family: str, method: str) -> str:
     clean = hooks(model)
     try:
         handle = vtprune.apply(model, method, keep=0.5)
-    except UnsupportedModelError as error:
+    except (UnsupportedModelError, ConfigError) as error:
+        assert isinstance(error, UnsupportedModelError) or "(DeepStack); choose a layer" in str(error)
         assert "\n" not in str(error) and hooks(model) == clean
         return "no"
     wants = {probe.name for probe in vtprune.methods()[method]().wants}
     samples = [tiny.prompt(model, 2)]
-    if family in tiny.QWEN and "video" in vtprune.methods()[method].modality:
+    if family in (*tiny.QWEN, "llava_onevision") and "video" in vtprune.methods()[method].modality:
         samples.append(tiny.sample(model, [3, tiny.Video(2, 4, 8), 6]))
     with handle, torch.no_grad():
         for sample in samples:
@@ -156,9 +158,15 @@ def test_the_matrix_that_is_printed_is_what_happens(family: str, method: str) ->
     assert served(vtprune.methods()[method])[family] == outcome(family, method)
 
 
+@pytest.mark.parametrize("family", tiny.MORE)
+def test_the_matrix_of_the_newer_families_is_what_happens(family: str) -> None:
+    for method in BUILT_IN:
+        assert served(vtprune.methods()[method])[family] == outcome(family, method), method
+
+
 def test_the_matrix_has_every_family_and_these_offer_what_they_say() -> None:
     kinds = [kind for family in FAMILIES for kind in family.model_types]
-    assert sorted(kinds) == sorted(tiny.FAMILIES) and list(served(vtprune.methods()["norm"])) == kinds
+    assert sorted(kinds) == sorted((*tiny.FAMILIES, *tiny.MORE)) and list(served(vtprune.methods()["norm"])) == kinds
     for family in FAMILIES:
         for kind in family.model_types:
             assert probes_of(kind) == family.probes

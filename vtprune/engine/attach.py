@@ -22,8 +22,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from .. import compat
 from ..config import PruneConfig
 from ..errors import ConfigError, InputError, UnsupportedModelError, VTPruneError, VTPruneWarning
 from ..models.base import PIXEL_KEYS, Family
@@ -73,6 +75,7 @@ class Engine:
                 f"the language model {type(family.lm).__name__} has no rotary_emb or no layers, so its positions "
                 "cannot be kept; use a checkpoint with a Llama-like or Qwen-like language model"
             )
+        compat.check_transformers(transformers.__version__)
         self.family = family
         self.tap = probes.EncoderTap(family, self._wanted_probes)
         self.signature = list(inspect.signature(family.inner.forward).parameters)
@@ -333,7 +336,7 @@ class Engine:
         if self.graphs is not None and job is not None and job.config.compile is not None:
             call.tampered = self.graphs.tampered()
         host_new, host_masks, host_ids = probes.to_host(self.family, call, kw.get("attention_mask"), new)
-        layout = probes.match(call, host_masks)
+        layout = probes.match(self.family, call, host_masks, host_ids, embeds)
         if not host_new.reshape(-1)[layout.position].all():
             raise InputError("the attention mask hides visual tokens; mask only padding")
         position = probes.upload(layout.position, embeds.device)

@@ -148,6 +148,7 @@ def prune_prompt(
         selection, kept = job.select(tokens, stage, batch)
         call.trace.append(Trace(stage, selection.index, selection.order, selection.info))
         counts = counts - tokens.sample_lens(batch) + kept
+        keep_deepstack(kw, tokens.source[selection.index])
         keep.view(-1)[position] = False
         position = position[selection.index]
         keep.view(-1)[position] = True
@@ -157,6 +158,8 @@ def prune_prompt(
         if job.layer_stages:
             tokens = tokens.subset(selection.index, selection.cu_seqlens)
     plan = pack(keep, counts.tolist())
+    if kw.get("visual_pos_masks") is not None:
+        kw["visual_pos_masks"] = gather(kw["visual_pos_masks"], plan.index, 1) & plan.valid
     next_position = next_original
     rows_left, packed_positions = packed(plan, embeds, positions)
     if job is not None and job.config.positions == "compact":
@@ -183,6 +186,15 @@ def prune_prompt(
         mrope=family.mrope,
     )
     call.set_sequence(kw, rows_left, packed_positions)
+
+
+def keep_deepstack(kw: dict[str, Any], source: Tensor) -> None:
+    """Take the rows of kept tokens (``[K]`` ranks among all placeholders) of the features that Qwen3-VL adds to visual
+    rows after its first layers. Those are one row per placeholder, in the order of the prompt, and so are the kept."""
+    features = kw.get("deepstack_visual_embeds")
+    if features is not None:
+        source = source.sort().values
+        kw["deepstack_visual_embeds"] = [rows[source.to(rows.device)] for rows in features]
 
 
 def prompt_positions(

@@ -120,7 +120,7 @@ class EncoderTap:
             encoding = Encoding(
                 self.family.layouts(modality, inputs),
                 {p: self.family.order_raw(p, v, modality, inputs) for p, v in captured.items()},
-                inputs={k: inputs[k] for k in self.family.layout_inputs(modality)},
+                inputs={k: inputs[k] for k in self.family.layout_inputs(modality) if k in inputs},
             )
             if isinstance(getattr(out, "pooler_output", None), list | tuple):
                 encoding.features = list(out.pooler_output)
@@ -128,6 +128,8 @@ class EncoderTap:
 
         @functools.wraps(original)
         def features(*args: Any, **kwargs: Any) -> Any:
+            if self.local.captured is not None:  # one of them goes through another (Qwen3-VL): the outer one notes it
+                return original(*args, **kwargs)
             inputs = {**signature.bind(*args, **kwargs).arguments, **kwargs}
             pixels = next((inputs[k] for k in PIXEL_KEYS if k in inputs), None)
             memory = self.local.memory
@@ -219,20 +221,54 @@ def to_host(
     return host[0], dict(zip(masks, host[1:], strict=True)), None
 
 
-def match(call: Call, masks: dict[str, np.ndarray]) -> BatchLayout:
+def match(
+    family: Family, call: Call, masks: dict[str, np.ndarray], ids: np.ndarray | None, embeds: Tensor
+) -> BatchLayout:
     """Match encodings to placeholders; entries that generate() repeated for beams are told by their identity."""
     layouts: dict[str, list[Any]] = {m: [] for m in masks}
     starts: dict[str, list[int]] = {m: [] for m in masks}
     for modality, encoding in call.encodings.items():
         first = np.concatenate([[0], np.cumsum([item.raw_length for item in encoding.layouts])]).astype(int)
-        order = list(range(len(encoding.layouts)))
-        now = call.given.get(f"{modality}_features")
-        if encoding.features and isinstance(now, list | tuple) and len(now) != len(encoding.features):
-            index = {id(rows): i for i, rows in enumerate(encoding.features)}
-            order = [index[id(rows)] for rows in now]
+        order = _order(encoding, call.given.get(f"{modality}_features"), masks[modality])
         layouts[modality] = [encoding.layouts[i] for i in order]
         starts[modality] = [int(first[i]) for i in order]
+        words = (ids if ids is not None else _words(embeds)) if family.reads_ids else None
+        layouts[modality], starts[modality] = family.arrange(
+            modality, layouts[modality], starts[modality], masks[modality], words
+        )
     return build(masks, layouts, starts)
+
+
+def _order(encoding: Encoding, now: Any, mask: np.ndarray) -> list[int]:
+    """Which encoded picture each entry of what the model was given is, where generate() repeated them."""
+    count = len(encoding.layouts)
+    if isinstance(now, Tensor) and len(now) > count > 0:  # one tensor has no entries to know again
+        order, at, times = [], 0, len(now) // count
+        for placeholders in mask[::times].sum(1):  # every sample with all its pictures, so often
+            end = at
+            while end < count and placeholders > 0:
+                placeholders -= encoding.layouts[end].length
+                end += 1
+            order += list(range(at, end)) * times
+            at = end
+        return order
+    if not encoding.features or not isinstance(now, list | tuple) or len(now) == len(encoding.features):
+        return list(range(count))
+    groups: dict[int, list[int]] = {}  # an entry may hold several views
+    at = 0
+    for rows in encoding.features:
+        mine, left = groups.setdefault(id(rows), []), len(rows)
+        while left > 0 and at < count:
+            mine.append(at)
+            left -= encoding.layouts[at].length
+            at += 1
+    return [i for rows in now for i in groups[id(rows)]]
+
+
+def _words(embeds: Tensor) -> np.ndarray:
+    """Numbers ``[B, L]`` that are equal where the embeddings are, in place of ids. Waits for the device."""
+    same = torch.unique(embeds.detach().flatten(0, 1), dim=0, return_inverse=True)[1]
+    return same.view(embeds.shape[:2]).cpu().numpy()
 
 
 def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, position: Tensor) -> VisualTokens:

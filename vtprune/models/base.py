@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..kernels.attention_rows import attention_rows
 from ..tokens import CLS_ROW, PRE_PROJECTOR, Probe
 
@@ -107,6 +108,12 @@ class Family(ABC):
     raw_per_token: ClassVar[int] = 1
     #: Names of the probes that a usual checkpoint of the family offers; `has_probe` tells of the one at hand.
     probes: ClassVar[frozenset[str]] = frozenset({PRE_PROJECTOR.name})
+    #: Name of the text model inside the multimodal one.
+    text_model: ClassVar[str] = "language_model"
+    #: Usual number of decoder layers, and the first after which a usual checkpoint lets rows be dropped.
+    usual_layers: ClassVar[tuple[int, int]] = (32, 0)
+    #: Whether `arrange` looks at token ids.
+    reads_ids: ClassVar[bool] = False
 
     # Modules are typed Any: torch types every attribute of a module as Tensor | Module.
     model: Any
@@ -117,7 +124,7 @@ class Family(ABC):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.inner = model.model if hasattr(model, "lm_head") else model
-        self.lm = self.inner.language_model
+        self.lm = getattr(self.inner, self.text_model)
         self.config = model.config
 
     @property
@@ -169,6 +176,22 @@ class Family(ABC):
     @abstractmethod
     def layout_inputs(self, modality: str) -> tuple[str, ...]:
         """Names of the arguments (grids, sizes) that `layouts` reads beside the pixels."""
+
+    def arrange(
+        self, modality: str, layouts: list[ImageLayout], starts: list[int], mask: np.ndarray, ids: np.ndarray | None
+    ) -> tuple[list[ImageLayout], list[int]]:
+        """Put views that belong to one picture together, where only the prompt tells which do.
+
+        Parameters
+        ----------
+        layouts, starts
+            One per view, in encoder order, and the first encoder row of each.
+        mask : np.ndarray
+            ``[B, L]`` bool, True at the placeholders of this modality.
+        ids : np.ndarray or None
+            ``[B, L]``, equal where tokens are equal; given to families that say ``reads_ids``.
+        """
+        return layouts, starts
 
     @property
     @abstractmethod
@@ -288,6 +311,40 @@ def unique_layouts(items: Iterable[Any], make: Callable[[Any], ImageLayout]) -> 
     return out
 
 
+def joined(views: Sequence[ImageLayout], grid: tuple[int, int], thumbnail: int | None = None) -> ImageLayout:
+    """One picture of several views, each of one segment, which follow each other in the prompt and the encoder.
+
+    Parameters
+    ----------
+    grid
+        Rows and columns of crops; they tile the picture without padding.
+    thumbnail
+        Which view shows the whole picture; it becomes the first segment.
+    """
+    if len(views) == 1:
+        return views[0]
+    lengths, raws = [v.length for v in views], [v.raw_length for v in views]
+    first, first_raw = np.cumsum([0, *lengths]), np.cumsum([0, *raws])
+    order = list(range(len(views)))
+    if thumbnail is not None:
+        order.insert(0, order.pop(thumbnail))
+    rows, cols = grid
+    boxes = [(r / rows, c / cols, (r + 1) / rows, (c + 1) / cols) for r in range(rows) for c in range(cols)]
+    whole = [] if thumbnail is None else [(0.0, 0.0, 1.0, 1.0)]
+    return ImageLayout(
+        length=int(first[-1]),
+        rank=np.concatenate([views[i].rank + first[i] for i in order]),
+        raw=np.concatenate([views[i].raw + first_raw[i] for i in order]),
+        raw_length=int(first_raw[-1]),
+        coords=np.concatenate([views[i].coords for i in order]),
+        seg_lens=tuple(n for i in order for n in views[i].seg_lens),
+        seg_kind=("thumbnail",) * len(whole) + ("crop",) * (len(views) - len(whole)),
+        seg_grid=tuple(g for i in order for g in views[i].seg_grid),
+        seg_box=(*whole, *boxes),
+        grid=(1, rows, cols),
+    )
+
+
 def single_view(rows: int, cols: int, extra: int = 0) -> ImageLayout:
     """Layout of one picture in one view; `extra` leading rows (a CLS token that is passed on) are separators."""
     n = rows * cols
@@ -343,8 +400,7 @@ class ClipTowerMixin:
 
     @property
     def tower(self) -> Any:
-        # Older transformers (5.0, 4.57) wrap the transformer once more.
-        return getattr(self.inner.vision_tower, "vision_model", self.inner.vision_tower)
+        return compat.clip_tower(self.inner.vision_tower)
 
     @property
     def has_cls(self) -> bool:

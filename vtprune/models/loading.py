@@ -67,7 +67,6 @@ def load(
     UnsupportedModelError
         The checkpoint is not a vision-language model.
     """
-    import transformers
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     spread = {"device_map": "auto"} if device == "auto" else {}
@@ -100,10 +99,7 @@ def load(
             raise UnsupportedModelError(
                 f"{name} is a {config.model_type!r} model without vision; give a vision-language checkpoint"
             )
-        key = "dtype" if transformers.__version__ >= "4.56" else "torch_dtype"
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            path, **{key: dtype}, **spread, output_loading_info=True
-        )
+        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **spread, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(path)
     except UnsupportedModelError:
         raise

@@ -8,17 +8,18 @@ need ``mm_token_type_ids`` in newer transformers (5.17, not 5.0), without which 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..tokens import Probe
 from .base import Family, ImageLayout, raster, unique_layouts
 
 
 class QwenVL(Family):
-    model_types = ("qwen2_vl", "qwen2_5_vl")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
     label = "Qwen2-VL / Qwen2.5-VL"
     mrope = True
 
@@ -62,19 +63,6 @@ class QwenVL(Family):
         """Undo the window order of Qwen2.5-VL; rows come in groups of ``merge * merge`` per visual token."""
         grouped = value.view(-1, self.raw_per_token, value.shape[-1])
         if self.config.model_type == "qwen2_5_vl":
-            window_index = self._window_index(inputs[f"{modality}_grid_thw"])
+            window_index = compat.qwen_window_index(self.inner.visual, inputs[f"{modality}_grid_thw"], self.merge)
             grouped = grouped[torch.argsort(window_index.to(value.device))]
         return grouped
-
-    def _window_index(self, grid_thw: Tensor) -> Tensor:
-        visual = self.inner.visual
-        if hasattr(visual, "get_window_index"):  # older transformers (5.0, 4.57)
-            return torch.as_tensor(visual.get_window_index(grid_thw)[0])
-        from transformers.vision_utils import get_vision_window_index
-
-        return get_vision_window_index(
-            grid_thw,
-            spatial_merge_size=self.merge,
-            window_size=visual.window_size,
-            patch_size=visual.patch_size,
-        )[0]
