@@ -159,10 +159,16 @@ def fused(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
 
     From a copy of its code, since PyTorch counts recompilations per code object and gives up after a few.
     """
+    from torch._inductor import config as inductor
+
     name = f"{function.__name__}_{rows}"
     copy = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    tuned = {"max_autotune_gemm": True} if rows <= TUNED_ROWS else {}
-    return torch.compile(copy, fullgraph=True, dynamic=False, options={"triton.cudagraphs": False, **tuned})
+    options: dict[str, Any] = {"triton.cudagraphs": False}
+    if rows <= TUNED_ROWS:
+        options["max_autotune_gemm"] = True
+        if hasattr(inductor, "autotune_num_choices_displayed"):  # else trials are printed
+            options["autotune_num_choices_displayed"] = 0
+    return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
 
 
 class Replay:
@@ -249,7 +255,8 @@ class Shelf:
                     self.graphs[key] = make()
                     self._count()
                 except Exception as error:  # inductor, Triton and CUDA each raise their own
-                    self.refused[key] = f"capture failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+                    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+                    self.refused[key] = f"capture failed ({type(error).__name__}: {reason})"
                     raise Unfit(self.refused[key]) from error
             self.graphs.move_to_end(key)
             captured = self.graphs[key]
