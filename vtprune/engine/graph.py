@@ -250,6 +250,8 @@ class Shelf:
                 torch.cuda.current_stream(self.device).wait_event(self.done)
             if key not in self.graphs:
                 while len(self.graphs) >= MAX_GRAPHS:
+                    if self.done is not None:
+                        self.done.synchronize()  # it may be running
                     self.graphs.popitem(last=False)
                 try:
                     self.graphs[key] = make()
@@ -406,6 +408,7 @@ class PrefillGraphs:
             "something looks at the layers": call.watched or call.entry is not None,
             "the prompt extends a cache": call.past > 0,
             "samples of the batch have different lengths": not call.packs[0].full,
+            "a tuple was asked for": kw.get("return_dict") is False,
             "gradients are on": torch.is_grad_enabled() and (embeds.requires_grad or self.lm_modules.trains()),
             "the model is in training mode": self.family.lm.training,
             "autocast is on": torch.is_autocast_enabled(self.device.type),
@@ -681,11 +684,10 @@ def _cache_for(lm: Any, kw: dict[str, Any]) -> Any:
     """The empty dynamic cache that a prefill fills; None if it is to fill none."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    use = kw.get("use_cache")
-    if not (getattr(lm.config, "use_cache", True) if use is None else use):
-        return None
-    cache = kw.get("past_key_values")
+    use, cache = kw.get("use_cache"), kw.get("past_key_values")
     if cache is None:
+        if not (getattr(lm.config, "use_cache", True) if use is None else use):
+            return None
         cache = empty_cache_for(lm)
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         raise Unfit(f"the cache is a {type(cache).__name__}, not a plain dynamic one")
