@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes, models, steps, runs, timed = FFNS, tuple(FFNS), 32, 50, 5
     if given.smoke:
         given.questions, given.prompts = 2, 1
-        shapes, models, steps, runs, timed = {"tiny": (64, 160)}, ("llava-tiny",), 2, 2, 1
+        shapes, models, steps, runs, timed = {"tiny": (64, 160)}, ("tiny-llava",), 2, 2, 1
 
     def save(name: str, rows: Iterator[Row], extra: Row) -> None:
         found = []

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import inspect
 import itertools
 import statistics
 import subprocess
@@ -33,6 +32,8 @@ import transformers
 from torch import Tensor, nn
 
 import vtprune
+from vtprune import bench
+from vtprune.bench.clocks import Clock
 
 KEEPS = (Fraction(1), Fraction(1, 2), Fraction(1, 4), Fraction(1, 9))
 METHODS = ("random", "norm", "divprune", "idpruner")
@@ -59,7 +60,7 @@ CASES = (
     Case("qwen2.5-vl-7b", 1, (36, 36)),
     Case("qwen2.5-vl-7b", 1, (64, 64)),
 )
-TINY_CASES = (Case("llava-tiny", 2, (4, 4)), Case("qwen2.5-vl-tiny", 1, (4, 6)))
+TINY_CASES = (Case("tiny-llava", 2, (4, 4)), Case("tiny-qwen2.5-vl", 1, (4, 6)))
 
 
 @dataclass(frozen=True)
@@ -89,104 +90,15 @@ class Row:
     weights_mib: int
 
 
-class Clock:
-    """Marks on the device's own time line, read after the run: timing must not add synchronisation of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def milliseconds(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) if self.on_gpu else 1000 * (end - start)
-
-    def wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-
 def build(name: str, device: torch.device) -> nn.Module:
-    """A model with random weights, made on the device itself (seven billion normal numbers take a GPU a second)."""
-    if name.startswith("llava"):
-        config = _llava_config(tiny=name.endswith("tiny"))
-    else:
-        config = _qwen_config(tiny=name.endswith("tiny"))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with device:
-        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device).eval()
-
-
-def _llava_config(tiny: bool) -> transformers.PretrainedConfig:
-    if tiny:
-        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-        text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        side, vocabulary = 4 * 14, 1024
-    else:
-        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-        text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-        side, vocabulary = 24 * 14, 32064
-    return transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision, image_size=side, patch_size=14),
-        text_config=transformers.LlamaConfig(**text, vocab_size=vocabulary, max_position_embeddings=4096),
-        image_token_index=vocabulary - 64,
-    )
-
-
-def _qwen_config(tiny: bool) -> transformers.PretrainedConfig:
-    if tiny:
-        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "fullatt_block_indexes": [1]}
-        text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        heads, sections, vocabulary = 2, [2, 3, 3], 1024
-    else:
-        vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
-        vision["fullatt_block_indexes"] = [7, 15, 23, 31]
-        text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-        heads, sections, vocabulary = 4, [16, 24, 24], 152064
-    rope = {"rope_type": "default", "mrope_section": sections}
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        text["rope_parameters"] = {**rope, "rope_theta": 1e6}
-    else:
-        text |= {"rope_scaling": rope, "rope_theta": 1e6}
-    text |= {"num_key_value_heads": heads, "vocab_size": vocabulary, "max_position_embeddings": 32768}
-    # The class defaults of these ids lie outside a small vocabulary.
-    text |= {"bos_token_id": 1, "eos_token_id": 2}
-    return transformers.Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config={**vision, "out_hidden_size": text["hidden_size"], "patch_size": 14, "window_size": 112},
-        image_token_id=vocabulary - 9,
-        video_token_id=vocabulary - 8,
-        vision_start_token_id=vocabulary - 12,
-        vision_end_token_id=vocabulary - 11,
-    )
+    """A preset of `vtprune.bench` with random weights."""
+    return bench.build(name, device)
 
 
 def make_inputs(model: nn.Module, case: Case) -> dict[str, Tensor]:
     """A prompt of `TEXT_TOKENS` words around one picture of noise, `case.batch` times, on the model's device."""
-    device, dtype = model.device, model.dtype
-    generator = torch.Generator().manual_seed(0)
-    row = torch.randint(5, 900, (case.tokens + TEXT_TOKENS,), generator=generator)
-    row[5 : 5 + case.tokens] = model.config.image_token_id
-    ids = row.expand(case.batch, -1).contiguous()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if case.model.startswith("llava"):
-        side = 14 * case.grid[0]
-        inputs["pixel_values"] = torch.randn(case.batch, 3, side, side, generator=generator).to(dtype)
-    else:
-        # The processor cuts pictures into patches of 14 pixels, two frames deep; the model merges 2 x 2 of them.
-        height, width = 2 * case.grid[0], 2 * case.grid[1]
-        row[4], row[5 + case.tokens] = model.config.vision_start_token_id, model.config.vision_end_token_id
-        inputs["input_ids"] = row.expand(case.batch, -1).contiguous()
-        pixels = torch.randn(case.batch * height * width, 3 * 2 * 14 * 14, generator=generator)
-        inputs |= {"pixel_values": pixels.to(dtype), "image_grid_thw": torch.tensor([[1, height, width]] * case.batch)}
-        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    height, width = (28 * side for side in case.grid)  # of Qwen2.5-VL; a picture of LLaVA has one size
+    return bench.make_inputs(model, case.batch, (height, width), TEXT_TOKENS)
 
 
 @contextmanager

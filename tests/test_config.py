@@ -39,6 +39,7 @@ def test_defaults() -> None:
         "allocation": "auto",
         "restore": True,
         "options": {},
+        "compile": None,
     }
     assert config.budget() == Budget(0.25) and config.pruner() == IDPruner()
 

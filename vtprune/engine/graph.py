@@ -159,10 +159,16 @@ def fused(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
 
     From a copy of its code, since PyTorch counts recompilations per code object and gives up after a few.
     """
+    from torch._inductor import config as inductor
+
     name = f"{function.__name__}_{rows}"
     copy = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    tuned = {"max_autotune_gemm": True} if rows <= TUNED_ROWS else {}
-    return torch.compile(copy, fullgraph=True, dynamic=False, options={"triton.cudagraphs": False, **tuned})
+    options: dict[str, Any] = {"triton.cudagraphs": False}
+    if rows <= TUNED_ROWS:
+        options["max_autotune_gemm"] = True
+        if hasattr(inductor, "autotune_num_choices_displayed"):  # else trials are printed
+            options["autotune_num_choices_displayed"] = 0
+    return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
 
 
 class Replay:
@@ -244,12 +250,15 @@ class Shelf:
                 torch.cuda.current_stream(self.device).wait_event(self.done)
             if key not in self.graphs:
                 while len(self.graphs) >= MAX_GRAPHS:
+                    if self.done is not None:
+                        self.done.synchronize()  # it may be running
                     self.graphs.popitem(last=False)
                 try:
                     self.graphs[key] = make()
                     self._count()
                 except Exception as error:  # inductor, Triton and CUDA each raise their own
-                    self.refused[key] = f"capture failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+                    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+                    self.refused[key] = f"capture failed ({type(error).__name__}: {reason})"
                     raise Unfit(self.refused[key]) from error
             self.graphs.move_to_end(key)
             captured = self.graphs[key]
@@ -399,6 +408,7 @@ class PrefillGraphs:
             "something looks at the layers": call.watched or call.entry is not None,
             "the prompt extends a cache": call.past > 0,
             "samples of the batch have different lengths": not call.packs[0].full,
+            "a tuple was asked for": kw.get("return_dict") is False,
             "gradients are on": torch.is_grad_enabled() and (embeds.requires_grad or self.lm_modules.trains()),
             "the model is in training mode": self.family.lm.training,
             "autocast is on": torch.is_autocast_enabled(self.device.type),
@@ -674,11 +684,10 @@ def _cache_for(lm: Any, kw: dict[str, Any]) -> Any:
     """The empty dynamic cache that a prefill fills; None if it is to fill none."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    use = kw.get("use_cache")
-    if not (getattr(lm.config, "use_cache", True) if use is None else use):
-        return None
-    cache = kw.get("past_key_values")
+    use, cache = kw.get("use_cache"), kw.get("past_key_values")
     if cache is None:
+        if not (getattr(lm.config, "use_cache", True) if use is None else use):
+            return None
         cache = empty_cache_for(lm)
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         raise Unfit(f"the cache is a {type(cache).__name__}, not a plain dynamic one")
