@@ -285,7 +285,13 @@ def make_plan(request: Request, folder: Path, workers: int, say: Say) -> Row:
             drafts = (task.drafts or task.examples)(request.split_of(task), request.count_of(task), request.seed)
             ready = (example.ready() for example in drafts)
             whole = (example for example in ready if not example.broken)
-            first = list(itertools.islice(whole, cost.PROMPTS))
+            try:
+                first = list(itertools.islice(whole, cost.PROMPTS))
+            except (ConfigError, ImportError) as error:
+                if "all" not in request.tasks:
+                    raise
+                plan["left_out"][name][task.name] = _without_paths(error)  # its package is not installed
+                continue
             if not first:
                 raise ConfigError(f"{task.name} has no question that can be asked: every picture is broken")
             entry = tasks.setdefault(task.name, {"methods": [], "keeps": []})
@@ -364,7 +370,9 @@ def answer(
         model, processor = load_model(name, request)
         about = runner.provenance(model, name)
         for task in request.tasks_of(name):
-            entry = plan["models"][name][task.name]
+            entry = plan["models"][name].get(task.name)
+            if entry is None:
+                continue
             own = folder / "answers" / slug(name) / f"{slug(task.name)}.{shard[0]}-{shard[1]}.jsonl"
             own.parent.mkdir(parents=True, exist_ok=True)
             beside = [row for file in answers_files(folder, name, task.name) if file != own for row in read(file)[1]]
