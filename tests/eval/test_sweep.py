@@ -248,7 +248,7 @@ def test_greedy_methods_reuse_their_order(pocket: Pocket, tmp_path: Path, monkey
         row
         for keep in ("1/2", "1/9", "100t")
         for row in runner.run(
-            *pocket, ["pocketvqa/basic"], ["idpruner"], [keep], tmp_path / keep[:2].strip("/"), **settings
+            *pocket, ["pocketvqa/basic"], ["idpruner"], [keep], tmp_path / keep.replace("/", "-"), **settings
         )
     ]
     assert together == apart

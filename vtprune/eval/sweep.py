@@ -301,7 +301,8 @@ def make_plan(request: Request, folder: Path, workers: int, say: Say) -> Row:
                 plan["left_out"][name][f"{label} on {task.name}"] = reason
             entry["methods"] += [label for label in new if label not in failed]
             entry["keeps"] += [keep for keep in request.keeps if keep not in entry["keeps"]]
-            entry.setdefault("batch", request.batch or find_batch(model, processor, first[0], workers))
+            if "batch" not in entry:
+                entry["batch"] = request.batch or find_batch(model, processor, first[0], workers)
             entry.update(split=request.split_of(task), count=request.count_of(task))
             if request.costs:
                 _measure(model, processor, task, first, entry, folder, name, about, timed, say)
