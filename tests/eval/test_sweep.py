@@ -298,8 +298,9 @@ def test_a_plan_of_all_methods_says_what_it_leaves_out(pocket: Pocket) -> None:
     model, _ = pocket
     found, left_out = sweep.methods_of(replace(REQUEST, methods=("all",)), model)
     assert found[:7] == list(sweep.ALWAYS) and "worst" not in found
-    assert {Method.split()[0] for Method in found} | set(left_out) >= set(vtprune.methods()) - {"worst"}
-    assert "hiprune object_layer=2" in found
+    assert {*found, *left_out} == {*sweep.ALWAYS, *vtprune.methods()} - {"worst"}
+    found, left_out = sweep.methods_of(replace(REQUEST, methods=("hiprune object_layer=99", "norm")), model)
+    assert found == [*sweep.ALWAYS, "norm"] and "layer 99" in left_out["hiprune object_layer=99"]
 
 
 def test_spread_over_all_devices_says_the_same(pocket: Pocket, tmp_path: Path) -> None:

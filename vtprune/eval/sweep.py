@@ -185,12 +185,6 @@ def methods_of(request: Request, model: Any) -> tuple[list[str], dict[str, str]]
             left_out[label] = "LLaVA-NeXT's views have no counts of tokens to shrink to; give fractions"
             continue
         reason = refused(model, label, request.keeps[0])
-        if reason and label == "hiprune":
-            # Its middle layer is a third of the way through the encoder of its paper.
-            depth = getattr(model.config.vision_config, "num_hidden_layers", 0)
-            other = f"hiprune object_layer={max(1, depth // 3)}"
-            if not refused(model, other, request.keeps[0]):
-                label, reason = other, ""
         if reason:
             left_out[label] = reason
         else:
