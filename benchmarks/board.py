@@ -90,10 +90,14 @@ def once(given: argparse.Namespace) -> int:
     line = {"device": where(), "torch": torch.__version__, "commit": runner.current_commit(), "questions": count}
     line |= {"combinations": len(rows) // count, "answers": len(rows), "answers_that_differ": differ}
     for at, name in ((0, ""), (2, "cpu_")):
-        whole, warm = together[at], apart[at] - apart[at + 1]
-        line |= {f"{name}together_s": round(whole, 2), f"{name}apart_s": round(apart[at], 2)}
-        line |= {f"{name}ratio": round(apart[at] / whole, 2), f"{name}apart_warm_s": round(warm, 2)}
-        line[f"{name}ratio_warm"] = round(warm / (whole - together[at + 1]), 2)
+        own = {
+            "together_s": together[at],
+            "apart_s": apart[at],
+            "ratio": apart[at] / together[at],
+            "apart_warm_s": apart[at] - apart[at + 1],
+            "ratio_warm": (apart[at] - apart[at + 1]) / (together[at] - together[at + 1]),
+        }
+        line |= {f"{name}{key}": round(float(value), 2) for key, value in own.items()}
     print(line)
     write((given.out or HERE / "results") / f"encode-once-{where()}.csv", [line])
     return 0 if not differ else 1
