@@ -321,7 +321,7 @@ def _evaluate_to_file(
     from .eval import to_csv, to_markdown
 
     with _quiet(False) as say:
-        _ready(device)
+        _ready(None if device == "auto" else device)
         import torch
 
         settings: dict[str, Any] = {"split": split, "count": count, "seed": seed, "batch": batch, "device": device}

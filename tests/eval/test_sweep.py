@@ -20,10 +20,14 @@ import pytest
 import torch
 
 import vtprune
+from vtprune.budget import Budget
 from vtprune.errors import ConfigError, InputError
 from vtprune.eval import board, page, runner, sweep
+from vtprune.eval.controls import prepare
 from vtprune.eval.table import read
 from vtprune.eval.tasks import Example, Task, get
+from vtprune.models import find_family
+from vtprune.tokens import PROJECTOR
 
 ROOT = Path(__file__).parents[2]
 COUNT, BATCH = 4, 1
@@ -244,10 +248,32 @@ def test_greedy_methods_reuse_their_order(pocket: Pocket, tmp_path: Path, monkey
         row
         for keep in ("1/2", "1/9", "100t")
         for row in runner.run(
-            *pocket, ["pocketvqa/basic"], ["idpruner"], [keep], tmp_path / keep[:2].strip("/"), **settings
+            *pocket, ["pocketvqa/basic"], ["idpruner"], [keep], tmp_path / keep.replace("/", "-"), **settings
         )
     ]
     assert together == apart
+
+
+def test_what_is_remembered_is_a_prefix(pocket: Pocket) -> None:
+    """Every method that says it orders all tokens, and gives an order, chooses the same at a smaller budget."""
+    model, processor = pocket
+    examples = list(get("pocketvqa/basic").examples("val", 2, 0))
+    tokens = vtprune.encode(model, prepare(find_family(model), processor, examples))
+    seen = set()
+    for name, cls in vtprune.methods().items():
+        pruner = cls()
+        if not pruner.ordered or pruner.adaptive or pruner.stages() != (PROJECTOR,):
+            continue
+        memory: dict[str, Any] = {}
+        for keep in (0.5, 0.25, 64):
+            budget = Budget(keep, allocation=pruner.allocation)
+            found = runner.Remembered(pruner, memory).select(tokens, budget, PROJECTOR)
+            plain = pruner.select(tokens, budget)
+            assert torch.equal(found.index, plain.index), (name, keep)
+            if memory:
+                seen.add(name)
+                assert torch.equal(found.order, plain.order) and memory["pools"].counts == (288, 288)
+    assert seen >= {"idpruner", "divprune", "cdpruner", "scope", "zoo", "norm", "random"}
 
 
 def test_a_folder_begun_otherwise_is_refused(whole: Path, tmp_path: Path) -> None:
@@ -272,8 +298,9 @@ def test_a_plan_of_all_methods_says_what_it_leaves_out(pocket: Pocket) -> None:
     model, _ = pocket
     found, left_out = sweep.methods_of(replace(REQUEST, methods=("all",)), model)
     assert found[:7] == list(sweep.ALWAYS) and "worst" not in found
-    assert {Method.split()[0] for Method in found} | set(left_out) >= set(vtprune.methods()) - {"worst"}
-    assert "hiprune object_layer=2" in found
+    assert {*found, *left_out} == {*sweep.ALWAYS, *vtprune.methods()} - {"worst"}
+    found, left_out = sweep.methods_of(replace(REQUEST, methods=("hiprune object_layer=99", "norm")), model)
+    assert found == [*sweep.ALWAYS, "norm"] and "layer 99" in left_out["hiprune object_layer=99"]
 
 
 def test_spread_over_all_devices_says_the_same(pocket: Pocket, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ def test_second_answers(name: str, tmp_path: Path) -> None:
     family = find_family(model)
     task = get("turns/pocketvqa/basic")
     methods, keeps = ["dense", "norm", "fastv", "question-only"], ["1/4"]
-    rows = runner.run(model, processor, [task], methods, keeps, tmp_path / "x.jsonl", count=4, batch=4)
+    rows = runner.run(model, processor, [task], methods, keeps, tmp_path / "x.jsonl", count=3, batch=3)
     said = {(row["method"], row["id"]): row["prediction"] for row in rows}
-    assert {row["kind"] for row in rows} == {"exist", "color", "shape", "count"}
+    assert {row["kind"] for row in rows} == {"exist", "color", "shape"}
     assert sum(row["correct"] for row in rows if row["method"] == "dense") >= 2
-    for example in task.examples("val", 4, 0):
+    for example in task.examples("val", 3, 0):
         assert example.then and example.then != example.parts("text")[0]["text"]
         first = runner.generate(model, processor, prepare(family, processor, [example]), 8)[0]
         # Without pruning, the conversation as one prompt is the same.

@@ -185,12 +185,6 @@ def methods_of(request: Request, model: Any) -> tuple[list[str], dict[str, str]]
             left_out[label] = "LLaVA-NeXT's views have no counts of tokens to shrink to; give fractions"
             continue
         reason = refused(model, label, request.keeps[0])
-        if reason and label == "hiprune":
-            # Its middle layer is a third of the way through the encoder of its paper.
-            depth = getattr(model.config.vision_config, "num_hidden_layers", 0)
-            other = f"hiprune object_layer={max(1, depth // 3)}"
-            if not refused(model, other, request.keeps[0]):
-                label, reason = other, ""
         if reason:
             left_out[label] = reason
         else:
@@ -285,7 +279,13 @@ def make_plan(request: Request, folder: Path, workers: int, say: Say) -> Row:
             drafts = (task.drafts or task.examples)(request.split_of(task), request.count_of(task), request.seed)
             ready = (example.ready() for example in drafts)
             whole = (example for example in ready if not example.broken)
-            first = list(itertools.islice(whole, cost.PROMPTS))
+            try:
+                first = list(itertools.islice(whole, cost.PROMPTS))
+            except (ConfigError, ImportError) as error:
+                if "all" not in request.tasks:
+                    raise
+                plan["left_out"][name][task.name] = _without_paths(error)  # its package is not installed
+                continue
             if not first:
                 raise ConfigError(f"{task.name} has no question that can be asked: every picture is broken")
             entry = tasks.setdefault(task.name, {"methods": [], "keeps": []})
@@ -295,7 +295,8 @@ def make_plan(request: Request, folder: Path, workers: int, say: Say) -> Row:
                 plan["left_out"][name][f"{label} on {task.name}"] = reason
             entry["methods"] += [label for label in new if label not in failed]
             entry["keeps"] += [keep for keep in request.keeps if keep not in entry["keeps"]]
-            entry.setdefault("batch", request.batch or find_batch(model, processor, first[0], workers))
+            if "batch" not in entry:
+                entry["batch"] = request.batch or find_batch(model, processor, first[0], workers)
             entry.update(split=request.split_of(task), count=request.count_of(task))
             if request.costs:
                 _measure(model, processor, task, first, entry, folder, name, about, timed, say)
@@ -364,7 +365,9 @@ def answer(
         model, processor = load_model(name, request)
         about = runner.provenance(model, name)
         for task in request.tasks_of(name):
-            entry = plan["models"][name][task.name]
+            entry = plan["models"][name].get(task.name)
+            if entry is None:
+                continue
             own = folder / "answers" / slug(name) / f"{slug(task.name)}.{shard[0]}-{shard[1]}.jsonl"
             own.parent.mkdir(parents=True, exist_ok=True)
             beside = [row for file in answers_files(folder, name, task.name) if file != own for row in read(file)[1]]
