@@ -363,7 +363,7 @@ class App:
             clip_key = gr.State(None, time_to_live=REST_SECONDS, delete_callback=forget)
             scene = gr.State(None, time_to_live=REST_SECONDS)
             gr.Markdown(INTRO)
-            with gr.Row(equal_height=False):
+            with gr.Row(equal_height=False, elem_id="both"):
                 with gr.Column(scale=2, min_width=300) as left:
                     given = self._inputs()
                 with gr.Column(scale=3, min_width=320), gr.Tabs():
