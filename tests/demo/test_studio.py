@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import numpy as np
@@ -93,6 +94,33 @@ def test_looks_are_bounded_and_private(work: Studio, look: studio.Look) -> None:
     assert [work.recall(key) is not None for key in keys] == [False] * 5 + [True] * studio.LOOKS
     work.forget(keys[-1])
     assert work.recall(keys[-1]) is None and work.recall(None) is None
+
+
+def test_nothing_is_left_of_earlier_requests(work: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short form of the 500 requests of `benchmarks.demo_load`: objects are counted instead of bytes."""
+
+    def alive() -> tuple[int, int]:
+        work._worker.submit(int).result()  # what was stopped has ended
+        gc.collect()
+        kinds = [type(x) for x in gc.get_objects()]
+        return kinds.count(studio.Look), kinds.count(torch.Tensor)
+
+    monkeypatch.setattr(studio, "LOOKS", 3)
+    counts = []
+    for i in range(10):
+        mine = work.look("pocket-llava", (scenes.draw("basic", 300 + i).picture,), QUESTION)
+        work.remember(mine)
+        for config in (None, make_config("idpruner", keep=0.25)):
+            work.answer_now(mine, config)
+        mine.choose("idpruner", 0.1)
+        stream = work.answer(mine, None)
+        next(stream)
+        stream.close()  # who goes away half-way leaves nothing either
+        del mine, stream
+        counts.append(alive())
+    looks, tensors = zip(*counts, strict=True)
+    assert max(looks) <= 3 + 1, looks  # those that are kept, and that of this module
+    assert max(tensors[7:]) <= max(tensors[4:7]) + 3, tensors  # a look holds more than that
 
 
 def test_many_users_at_once_get_their_own_answers(work: Studio) -> None:

@@ -192,29 +192,31 @@ class App:
         look.wanted = (method, keep)
         look.known = known
         key = self.studio.remember(look)
-        drawn = self._drawn(look, method, keep)
-        yield key, pages.answers(None, None, method, known), drawn
+        look.drawn = self._drawn(look, method, keep)
+        look.said = pages.answers(None, None, method, known)
+        yield key, look.said, look.drawn
         for answer, _ in self.studio.answer(look, None):
             look.dense = answer
-            yield key, pages.answers(answer, None, method, known), gr.skip()
+            look.said = pages.answers(answer, None, method, known)
+            yield key, look.said, look.drawn
         yield from ((key, *rest) for rest in self._pruned(look, method, keep))
 
     def _pruned(self, look: Look, method: str, keep: float) -> Iterator[Any]:
         """The pruned answer beside the dense one, and, where only an answer tells, what was kept.
 
-        It ends where the slider has moved on, so that no late answer undoes what the slider shows.
+        It ends where the slider has moved on, so that no late answer undoes what the slider shows. What has not changed
+        is said again and not skipped: for each `gr.skip` of an HTML component Gradio keeps a copy of it for good.
         """
         for answer, report in self.studio.answer(look, make_config(method, keep=keep)):
             if look.wanted != (method, keep):
                 return
-            text = pages.answers(look.dense, answer, method, look.known)
-            if report is None:
-                yield text, gr.skip()
-            else:
+            look.said = pages.answers(look.dense, answer, method, look.known)
+            if report is not None:
                 alt = pages.described(report, method)
-                yield text, pages.picture(look.draw(report, method), alt) + pages.note(alt)
+                look.drawn = pages.picture(look.draw(report, method), alt) + pages.note(alt)
+            yield look.said, look.drawn
 
-    def _drawn(self, look: Look, method: str, keep: float) -> Any:
+    def _drawn(self, look: Look, method: str, keep: float) -> str:
         try:
             report = look.choose(method, keep)
         except ConfigError:  # it acts inside the language model
@@ -229,16 +231,18 @@ class App:
             return gr.skip()
         keep = checked_keep(percent)
         look.wanted = (method, keep)
-        return self._drawn(look, method, keep)
+        look.drawn = self._drawn(look, method, keep)
+        return look.drawn
 
     def answer_again(self, key: str | None, method: str, percent: float) -> Iterator[Any]:
         """The answer that follows, unless the slider has moved on."""
         look, keep = self.studio.recall(key), checked_keep(percent)
-        if look is None or look.dense is None or look.wanted != (method, keep):
+        if look is None:
             yield gr.skip(), gr.skip()
             return
-        yield gr.skip(), gr.skip()
-        yield from self._pruned(look, method, keep)
+        yield look.said, look.drawn
+        if look.dense is not None and look.wanted == (method, keep):
+            yield from self._pruned(look, method, keep)
 
     def compare(
         self,
@@ -273,7 +277,7 @@ class App:
                 reports[name] = report
             rows.append([name, answer.text, *self._verdicts(look, others, config, answer, answers), *_costs(answer)])
             caption = f"{look.question} Each method keeps {percent:.0f}%."
-            yield gr.skip(), pages.table(header, rows, caption), gr.skip()
+            yield "", pages.table(header, rows, caption), ""
         alt = "; ".join(pages.described(report, name) for name, report in reports.items())
         table = pages.table(header, rows, f"{look.question} Each method keeps {percent:.0f}%.")
         yield pages.picture(viz.compare(look.shown[0], reports), alt), table, self._orders(look, reports)
@@ -363,7 +367,7 @@ class App:
             clip_key = gr.State(None, time_to_live=REST_SECONDS, delete_callback=forget)
             scene = gr.State(None, time_to_live=REST_SECONDS)
             gr.Markdown(INTRO)
-            with gr.Row(equal_height=False):
+            with gr.Row(equal_height=False, elem_id="both"):
                 with gr.Column(scale=2, min_width=300) as left:
                     given = self._inputs()
                 with gr.Column(scale=3, min_width=320), gr.Tabs():

@@ -165,13 +165,20 @@ CSS = """
 .vt-plot .grid { stroke: currentColor; stroke-opacity: .16; }
 .vt-plot g.line { outline: none; }
 .vt-plot:has(g.line:hover) g.line:not(:hover), .vt-plot:has(g.line:focus) g.line:not(:focus) { opacity: .22; }
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 @media (max-width: 640px) {
-  .vt-frame { height: 1040px; }
-  .gradio-container { padding: 8px !important; }
-  .gradio-container, .gradio-container .main, .gradio-container main, .gradio-container .wrap,
-  .gradio-container .column, .gradio-container .row { min-width: 0 !important; max-width: 100% !important; }
   .vt-table { font-size: 13px; }
   .vt-table th, .vt-table td { padding-left: 9px !important; }
+}
+"""
+
+#: Of the page itself: one column on a phone, and nothing wider than it.
+PAGE_CSS = """
+.gradio-container { max-width: min(1280px, 100%) !important; margin: 0 auto !important; min-width: 0 !important; }
+@media (max-width: 640px) {
+  .gradio-container, .gradio-container .main, .gradio-container main, .gradio-container .wrap,
+  .gradio-container .column, .gradio-container .row { min-width: 0 !important; max-width: 100% !important; }
+  .gradio-container main { padding: 12px 8px !important; }
+  #both { flex-direction: column; }
+  #both > .column { width: 100% !important; }
 }
 """

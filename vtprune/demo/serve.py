@@ -100,7 +100,8 @@ def running(
                 footer_links=[],
                 state_session_capacity=256,
                 theme=theme(),
-                head=f"<style>{pages.CSS}</style>",  # as it is; `css=` puts the container before each rule
+                css=pages.CSS,
+                head=f"<style>{pages.PAGE_CSS}</style>",  # `css=` would put the container before each rule
             )
         except OSError as error:  # a port that is taken, an address that is not ours
             raise ConfigError(f"cannot listen on {host}, port {port or 'any'} ({error}); choose others") from None

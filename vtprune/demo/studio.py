@@ -112,6 +112,8 @@ class Look:
         The answer with all tokens, once there is one.
     known
         The right answer, where it is known.
+    said, drawn
+        What its user's page shows of answers and kept tokens.
     """
 
     loaded: Loaded
@@ -124,6 +126,8 @@ class Look:
     wanted: tuple[str, float] | None = None
     dense: Answer | None = None
     known: str | None = None
+    said: str = ""
+    drawn: str = ""
 
     def choose(self, method: str, keep: float) -> ImageReport:
         """What a method keeps, from the order that it was asked for once.
