@@ -14,10 +14,11 @@ METHOD ?= idpruner
 KEEP ?= 1/4
 OVERLAY ?= kept.png
 PYTEST_ARGS ?=
+PORT ?= 7860
 # Versions of transformers; "installed" is the one that `make test` runs with.
 MATRIX ?= 4.57.6 5.0.0 installed
 
-.PHONY: ask test test-gpu test-matrix lint format clean help
+.PHONY: ask demo test test-gpu test-matrix lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -25,6 +26,9 @@ help:  ## show this list
 
 ask: $(VENV)/installed  ## install, then ask the embedded model about a picture, dense and pruned
 	$(BIN)/vtprune ask $(IMAGE) "$(QUESTION)" --method $(METHOD) --keep $(KEEP) --overlay $(OVERLAY)
+
+demo: $(VENV)/installed-demo  ## install with the demo's extras, then serve the demo on this machine
+	$(BIN)/vtprune demo --port $(PORT)
 
 test: lint  ## install with the dev extras, lint, then run the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
@@ -57,4 +61,9 @@ $(VENV)/installed: $(SPEC) | $(BIN)/python
 
 $(VENV)/installed-dev: $(SPEC) | $(BIN)/python
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps lmms-eval
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-demo: $(SPEC) | $(BIN)/python
+	$(PIP) -e '.[demo]'
 	@touch $@ $(VENV)/installed

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import vtprune
-from benchmarks import accuracy, corematching, icl, kernels, lens, prefill, video
+from benchmarks import accuracy, corematching, endtoend, icl, kernels, lens, prefill, video
 from vtprune.eval import runner
 from vtprune.lens import Lens
 from vtprune.lens.probe import View
@@ -241,6 +243,88 @@ def test_the_other_ops_are_timed_and_do_what_the_usual_code_does(
     for op, within in (("attention CLS", 1e-2), ("attention text rows", 1e-2), ("sensitivity frobenius", 5e-2)):
         ours, naive = (x.float().squeeze(1) if x.ndim == 3 else x.float() for x in found[op])
         torch.testing.assert_close(ours, naive, rtol=within, atol=within)
+
+
+# -- endtoend.py ------------------------------------------------------------------------------------------------------
+
+
+def test_endtoend_keeps_rows_of_other_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endtoend.runner, "MAX_RUNS", 3)
+    few = {name: replace(endtoend.PRESETS[name], min_runs=3) for name in ("llava-batch", "globalcom2", "variants")}
+    monkeypatch.setattr(endtoend, "PRESETS", endtoend.PRESETS | few)
+    run = ["--tiny", "--out", str(tmp_path), "--commit", "abc", "--only"]
+    before = set(vtprune.methods())
+    assert endtoend.main([*run, "llava-batch"]) == 0
+    assert endtoend.main([*run, "globalcom2", "variants"]) == 0
+    assert set(vtprune.methods()) == before
+    lines, found = table(tmp_path / "endtoend-cpu.csv"), table(tmp_path / "endtoend-targets-cpu.csv")
+    kinds = ["dense", "ideal", *endtoend.HELD_TO]
+    assert [r["method"] for r in lines if r["preset"] == "llava-batch"] == kinds
+    assert [r["method"] for r in lines if r["preset"] == "globalcom2"] == ["dense", "ideal", "globalcom2"]
+    assert [r["method"] for r in lines if r["preset"] == "variants"] == [
+        f"grid, graph {how}" for how in ("as it is", "fused", "fused, tuned")
+    ]
+    assert {r["commit"] for r in lines} == {"abc"}
+    exact = [t for t in found if t["what"].startswith("KV bytes")]
+    assert len(exact) == len(endtoend.HELD_TO) and all(t["met"] == "True" for t in exact)
+
+
+def test_fastv_by_its_map_keeps_what_fastv_keeps() -> None:
+    model = endtoend.bench.build("tiny-llava", torch.device("cpu"))
+    inputs = endtoend.bench.make_inputs(model)
+    with torch.no_grad(), endtoend.registered():
+        with vtprune.apply(model, "fastv", keep=1 / 2) as handle:
+            expected = model(**inputs).logits
+            kept = handle.report().images[0].segments[0].kept
+        line = endtoend.map_fastv(model, inputs, 1 / 2, "1/2")
+        with line.enter() as running:
+            found = running.prefill().logits
+            assert (running.report().images[0].segments[0].kept == kept).all()
+    assert torch.allclose(found[:, -1], expected[:, -1], atol=1e-5)
+    assert model.model.language_model.layers[endtoend.LAYER].self_attn.config._attn_implementation == "sdpa"
+
+
+def test_the_naive_loop_keeps_what_divprune_keeps() -> None:
+    model = endtoend.bench.build("tiny-llava-next", torch.device("cpu"))
+    inputs = endtoend.bench.make_inputs(model)
+    kept = []
+    with torch.no_grad(), endtoend.registered():
+        for method in ("divprune", "naive-divprune"):
+            with vtprune.apply(model, method, keep=1 / 4) as handle:
+                model(**inputs)
+                kept.append(np.concatenate([s.kept for s in handle.report().images[0].segments]))
+    assert (kept[0] == kept[1]).mean() > 0.9, "ties of rounding aside"
+
+
+def test_targets_are_read_off_the_rows() -> None:
+    def row(method: str, lm: float, ttft: float, compile: str = "", **more: Any) -> Any:
+        base = dict.fromkeys(f.name for f in dataclasses.fields(endtoend.Row))
+        base |= {
+            "method": method,
+            "compile": compile,
+            "keep": "1" if method == "dense" else "1/9",
+            "visual_tokens": 576,
+        }
+        base |= {"kept": 576 if method == "dense" else 64, "text_tokens": 64, "lm_ms_p50": lm, "ttft_ms_p50": ttft}
+        return endtoend.Row(**base | more)
+
+    rows = [
+        row("dense", 27.0, 35.0, peak_mib=100.0, kv_bytes=6400),
+        row("ideal", 20.0, 28.0, peak_mib=90.0),
+        row("grid", 20.0, 29.0, peak_mib=101.0, kv_bytes=1281),
+        row("dense", 16.0, 20.0, "graph"),
+        row("ideal", 6.0, 10.0, "graph"),
+        row("grid", 6.5, 10.6, "graph", kv_bytes=1280),
+    ]
+    found = {t.what: t for t in endtoend.targets("llava", rows)}
+    assert found["LM prefill, ms"].met and found["LM prefill, ms"].value == 6.5
+    assert found["LM prefill, eager dense over graph pruned"].met
+    assert found["LM prefill, dense with graphs over pruned with graphs"].value == pytest.approx(16 / 6.5)
+    assert found["TTFT of grid over ideal"].met and not found["TTFT of grid, graph over ideal"].met
+    assert not found["peak memory of grid over dense"].met
+    assert (
+        not found["KV bytes of grid beyond their share"].met and found["KV bytes of grid, graph beyond their share"].met
+    )
 
 
 def test_the_video_table_is_that_of_accuracy_with_its_own_methods(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -378,7 +378,9 @@ def test_the_picture_is_turned_as_its_camera_says(tmp_path: Path) -> None:
 def test_timing_counts_milliseconds() -> None:
     import time
 
-    clock = cli._Clock(torch.device("cpu"))
+    from vtprune.eval.cost import Clock
+
+    clock = Clock(torch.device("cpu"))
     clock.put(None)  # the prompt
     time.sleep(0.02)
     clock.put(None)  # the first new token

@@ -225,31 +225,107 @@ def ask(
 
 @app.command("eval")
 def evaluate(
-    tasks: Annotated[list[str], typer.Argument(help="Such as pocketvqa/basic; a wrong name lists them all.")],
-    out: Annotated[Path, typer.Option(help="JSONL file, a row per answer; what it holds is not run again.")],
+    tasks: Annotated[list[str] | None, typer.Argument(help="Tasks, as with --task.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the board; or rows.jsonl, a file of answers.", show_default=False)
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="pocketvqa/basic, pope:FOLDER, lmms:NAME, ...; a,b or repeated; a wrong name lists them; all: what "
+            "a pocket model was trained for.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
-        list[str], typer.Option(help="A method with its options, several (norm+idpruner), or a control; repeatable.")
+        list[str],
+        typer.Option(help="A method with its options, several (norm+idpruner), or a control; a,b or repeated; all."),
     ] = EVAL_METHODS,
-    keep: Annotated[list[str], typer.Option(help="As for ask; repeatable.")] = EVAL_KEEPS,
+    keep: Annotated[list[str], typer.Option(help="As for ask; a,b or repeated.")] = EVAL_KEEPS,
     model: Annotated[
-        str, typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name.")
-    ] = "pocket-llava",
+        list[str], typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name; a,b.")
+    ] = ["pocket-llava"],  # noqa: B006 (typer wants a list)
     split: Annotated[str, typer.Option(help="val for choices, test for final tables.")] = "val",
     count: Annotated[int, typer.Option(min=1, help="Questions of each task.")] = 300,
+    per_kind: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each kind, instead of --count.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other questions.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 25,
-    device: Annotated[str | None, typer.Option(help="For example cpu or cuda:0.", show_default=False)] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions that are answered together.", show_default="found; 25 for a file"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda:0; auto: spread over all GPUs.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; half precision flips answers.")] = "float32",
+    workers: Annotated[int, typer.Option(min=1, help="Processes on one device, for small models.")] = 1,
+    costs: Annotated[bool, typer.Option(help="Measure time and memory.")] = True,
+    paper: Annotated[
+        str | None, typer.Option(help="Run a paper's own table, such as idpruner.", show_default=False)
+    ] = None,
     table: Annotated[Path | None, typer.Option(help="Also write the table as CSV.", show_default=False)] = None,
 ) -> None:
-    """Measure accuracy: tasks x methods x budgets, with 95% intervals, beside honest controls."""
+    """Measure accuracy and time: tasks x methods x budgets, with 95% intervals, beside honest controls."""
+    named = _split([*(tasks or []), *(task or [])])
+    models, chosen, keeps = _split(model), _split(method), _split(keep)
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    if paper is None and out is None:
+        raise ConfigError("--out is missing; name a folder for a board, or a file such as rows.jsonl for answers alone")
+    if paper is None and not named:
+        raise ConfigError("no task is named; give one or several, for example --task pocketvqa/basic")
+    if out is not None and out.suffix == ".jsonl" and paper is None:
+        if len(models) > 1 or "all" in [*named, *chosen]:
+            raise ConfigError(f"--out {out} is a file of one model's answers; name a folder for a board")
+        _evaluate_to_file(models[0], named, chosen, keeps, out, split, count, seed, batch or 25, device, dtype, table)
+        return
+    from .eval.sweep import Request
+
+    settings: dict[str, Any] = {"split": split, "count": count, "per_kind": per_kind, "seed": seed, "batch": batch}
+    settings |= {"dtype": dtype, "device": device, "costs": costs}
+    with _quiet(False):
+        _ready(None if device == "auto" else device)
+        if paper is not None:
+            from .eval.papers import run as run_paper
+
+            with _progress() as (say, begin, tick):
+                print(run_paper(paper, out, device=device, dtype=dtype, say=say, begin=begin, tick=tick))
+            return
+        assert out is not None
+        request = Request(tuple(models), tuple(named), tuple(chosen), tuple(keeps), **settings)
+        _sweep(request, out, workers)
+
+
+def _split(items: Sequence[str]) -> list[str]:
+    """``a,b`` as two items; commas in brackets and quotes stay."""
+    parts = [part for item in items for part in re.findall(r"(?:[^,\[\"{]|\[[^\]]*\]|\"[^\"]*\"|\{[^}]*\})+", item)]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _evaluate_to_file(
+    model: str,
+    tasks: list[str],
+    methods: list[str],
+    keeps: list[str],
+    out: Path,
+    split: str,
+    count: int,
+    seed: int,
+    batch: int,
+    device: str | None,
+    dtype: str,
+    table: Path | None,
+) -> None:
     from .eval import evaluate as run
     from .eval import to_csv, to_markdown
 
     with _quiet(False) as say:
         _ready(device)
-        summary = run(
-            model, tasks, method, keep, out, split=split, count=count, seed=seed, batch=batch, device=device, say=say
-        )
+        import torch
+
+        settings: dict[str, Any] = {"split": split, "count": count, "seed": seed, "batch": batch, "device": device}
+        summary = run(model, tasks, methods, keeps, out, dtype=getattr(torch, dtype), say=say, **settings)
     if table is not None:
         to_csv(summary, table)
     print(to_markdown(summary))
@@ -387,6 +463,124 @@ def measure_speed(
         console.print(f"rows: {out}", markup=False)
 
 
+def _sweep(request: Any, out: Path, workers: int) -> None:
+    """Run a sweep with a progress bar, then make its tables and pages."""
+    from .eval import board, page
+    from .eval.sweep import launched, sweep
+
+    with _progress() as (say, begin, tick):
+        sweep(request, out, workers=workers, say=say, begin=begin, tick=tick)
+        say("making tables")
+        try:
+            board.write([out], out)
+        except InputError as error:
+            if launched()[1] == 1:
+                raise
+            # Other processes are still at it; the last one to end makes the tables.
+            print(f"this process is done; the board is not yet: {_one_line(error)}", file=sys.stderr)
+            return
+        made = page.draw(out)
+    _print_overall(board.from_csv(out / "overall.csv"))
+    print("board:", made)
+
+
+@app.command("board")
+def show_board(
+    folders: Annotated[list[Path], typer.Argument(help="Boards of `vtprune eval`; several are merged.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the tables and the page go.", show_default="the first board")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--diff", help="Show what changed from one board to another.")] = False,
+    advise: Annotated[
+        float | None, typer.Option(help="How far one may prune at this loss, 0.02 for two points.", show_default=False)
+    ] = None,
+    partial: Annotated[bool, typer.Option(help="Use what all methods have answered so far.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Rebuild a board, merge several, compare two, or ask how far one may prune."""
+    from .eval import board, page
+
+    if compare:
+        if len(folders) != 2:
+            raise ConfigError(f"--diff compares two boards, {len(folders)} were given")
+        rows = board.diff(*folders)
+        print(json.dumps(rows)) if as_json else _print_diff(rows, folders)
+        return
+    place = out or folders[0]
+    if any(any(folder.glob("answers/*/*.jsonl")) for folder in folders) or not (folders[0] / "board.csv").is_file():
+        board.write(folders, place, partial)
+    rows = board.from_csv(place / "board.csv")
+    if advise is not None:
+        found = board.advise(rows, advise)
+        print(json.dumps(found)) if as_json else _print_advice(found, advise)
+        return
+    made = page.draw(place)
+    overall = board.from_csv(place / "overall.csv")
+    if as_json:
+        print(json.dumps(overall))
+    else:
+        _print_overall(overall)
+        print("board:", made)
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{100 * value:{sign}.1f}"
+
+
+def _print_overall(rows: list[dict[str, Any]]) -> None:
+    console = Console(highlight=False, markup=False)
+    for model in dict.fromkeys(row["model"] for row in rows):
+        table = _plain_table("method", "keep", "tokens %", "score", "of dense % (95%)", "hard", "TTFT %", "memory %")
+        for row in (row for row in rows if row["model"] == model):
+            inner = f"{_percent(row['relative'])} [{_percent(row['relative_low'])}, {_percent(row['relative_high'])}]"
+            shares = [_percent(row[key]) for key in ("hard", "ttft", "peak")]
+            table.add_row(row["method"], row["keep"], _percent(row["tokens"]), _percent(row["score"]), inner, *shares)
+        console.print(Text(f"{model}, mean over {int(rows[0]['of'])} tasks", style="bold"))
+        console.print(table)
+
+
+def _print_diff(rows: list[dict[str, Any]], folders: Sequence[Path]) -> None:
+    table = _plain_table("model", "task", "method", "keep", *map(str, folders), "change (95%)", "flipped", "TTFT ms")
+    for row in rows:
+        inner = [_percent(row[key], "+") for key in ("change", "change_low", "change_high")]
+        times = [row["ttft_first"], row["ttft_second"]]
+        shown = " -> ".join(f"{ms:.1f}" for ms in times) if None not in times else ""
+        scores = [_percent(row["first"]), _percent(row["second"])]
+        names = [row["model"], row["task"], row["method"], row["keep"]]
+        table.add_row(*names, *scores, f"{inner[0]} [{inner[1]}, {inner[2]}]", str(row["flipped"]), shown)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _print_advice(rows: list[dict[str, Any]], loss: float) -> None:
+    console = Console(highlight=False, markup=False)
+    console.print(f"smallest budgets that lose at most {100 * loss:g} points against dense, at 95%:")
+    table = _plain_table("model", "task", "kind", "keep", "tokens", "method", "against dense")
+    for row in rows:
+        names = [row["model"], row["task"], row["kind"]]
+        if row["method"] is None:
+            table.add_row(*names, "1", "", "none is safe", "")
+        else:
+            gain = f"{_percent(row['minus_dense'], '+')} (at worst {_percent(row['minus_dense_low'], '+')})"
+            table.add_row(*names, row["keep"], f"{row['tokens_out']:g} of {row['tokens_in']:g}", row["method"], gain)
+    console.print(table)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int], None], Callable[[int], None]]]:
+    """A bar on stderr: say what is going on, begin with a total, tick with what was done. No bar without a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("starting", total=None)
+        yield (
+            lambda text: progress.update(bar, description=text.splitlines()[-1] if text else ""),
+            lambda total: progress.update(bar, total=total, completed=0),
+            lambda done: progress.update(bar, advance=done),
+        )
+
+
 @app.command("lens")
 def look(
     image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, WebP.", show_default=False)],
@@ -420,10 +614,10 @@ def look(
     with _quiet(False) as say:
         say(f"loading {model}")
         net, processor = _load(model, device, dtype)
+        from . import viz
         from .lens.probe import check_layers, lens
         from .models import find_family
         from .models.loading import build_inputs
-        from .viz import lens_page, lens_picture, seen_image
 
         family = find_family(net)
         shown = len(family.lm.layers) if layer is None else layer
@@ -432,13 +626,13 @@ def look(
         say("looking")
         seen = lens(net, inputs, None if paged else shown, topk, processor, calibration)
         categories = seen.classes
-        drawn = seen_image(processor, inputs, picture)
+        drawn = viz.seen_image(processor, inputs, picture)
         try:
             if paged:
                 title = f"What {Path(model).name}'s visual tokens say about {image.name}"
-                out.write_text(lens_page(drawn, seen, shown, categories, title=title), encoding="utf-8")
+                out.write_text(viz.lens_page(drawn, seen, shown, categories, title=title), encoding="utf-8")
             else:
-                lens_picture(drawn, seen, shown, categories).save(out, format="PNG")
+                viz.lens(drawn, seen, shown, categories).save(out, format="PNG")
         except OSError as error:
             raise ConfigError(f"cannot write {out} ({error}); choose another path") from None
     console = Console(highlight=False)
@@ -449,6 +643,63 @@ def look(
         console.print(f"{len(seen)} visual tokens", markup=False)
         console.print("note: not classified:", seen.why, markup=False, soft_wrap=True)
     console.print(f"{'page' if paged else 'picture'}: {out}", markup=False)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str, typer.Option(help="A model that ships with vtprune, a checkpoint folder, or a hub name.")
+    ] = "pocket-llava",
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port.", show_default="first free from 7860")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also open a public address, through Gradio.")] = False,
+    auth: Annotated[
+        str | None,
+        typer.Option(help="name:password that everyone must give.", envvar="VTPRUNE_DEMO_AUTH", show_default=False),
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of results for the board.", show_default="benchmarks/results")
+    ] = None,
+    video_backend: Annotated[
+        str | None, typer.Option(help="What reads videos: av or decord.", show_default="first installed")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="For example cpu or cuda:0.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES), show_default=False)] = None,
+) -> None:
+    """Try a picture or a video in the browser, and look at the tokens."""
+    from .demo.serve import RESULTS, parse_auth
+
+    pair = parse_auth(auth)
+    if results is not None and not results.is_dir():
+        raise ConfigError(f"--results {results} is no folder; give one that holds what `vtprune eval` wrote")
+    if video_backend is not None:
+        from .video import backends
+
+        if video_backend not in backends():
+            raise ConfigError(
+                f"--video-backend {video_backend} is not installed; found: {', '.join(backends()) or '-'}"
+            )
+    folder = results or (RESULTS if RESULTS.is_dir() else None)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    with _quiet(False) as say:
+        say("starting")
+        _ready(device)
+        from .demo.serve import running
+        from .demo.studio import Studio
+
+        studio = Studio(model, device=device, dtype=dtype)
+        options: dict[str, Any] = {"host": host, "port": port, "share": share, "auth": pair}
+        with running(studio, **options, results=folder, video_backend=video_backend) as address:
+            say(f"loading {model}")
+            studio.load(model)  # a model that cannot be loaded is an error here, not in the browser
+            print(f"vtprune demo: {address} (Ctrl+C ends it)", flush=True)
+            if host not in ("127.0.0.1", "localhost", "::1") or share:
+                print("note: others can reach it" + ("" if pair else "; --auth name:password keeps them out"))
+            say("serving")
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    time.sleep(3600)
 
 
 def _describe(cls: type[Pruner]) -> dict[str, Any]:
@@ -628,41 +879,16 @@ def _first_line(error: BaseException) -> str:
 
 def _measure(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> dict[str, Any]:
     """The fields of `Measured` that need a clock: answer, prefill_ms, total_ms, both from the same generate()."""
+    from .eval.cost import Clock
+
     greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
     model.generate(**inputs, **greedy)  # the first call allocates and picks kernels
     first: list[float] = []
     total: list[float] = []
     while not total or (len(total) < REPEATS and sum(total) < 1000 * REPEAT_SECONDS):
-        clock = _Clock(model.device)
+        clock = Clock(model.device)
         output = model.generate(**inputs, **greedy, streamer=clock)
         total.append(clock.elapsed_ms())
         first.append(clock.first_token_ms)
     answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
     return {"answer": answer, "prefill_ms": statistics.median(first), "total_ms": statistics.median(total)}
-
-
-class _Clock:
-    """A streamer for generate() that notes when the first new token is there. Starts when it is made."""
-
-    def __init__(self, device: Any) -> None:
-        self.device = device
-        self.first_token_ms = 0.0
-        self.calls = 0
-        self.elapsed_ms()
-        self.start = time.perf_counter()
-
-    def put(self, _tokens: Any) -> None:
-        self.calls += 1
-        if self.calls == 2:  # the first call brings the prompt
-            self.first_token_ms = self.elapsed_ms()
-
-    def end(self) -> None:
-        pass
-
-    def elapsed_ms(self) -> float:
-        """Milliseconds since the start, with the device idle."""
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - getattr(self, "start", time.perf_counter()))

@@ -43,12 +43,12 @@ class PruneConfig:
     restore
         True: hidden states, and so logits, come back at the length of the input, so that labels fit; a dropped token's
         slot carries the row of the last kept token before it. False: they come back at the pruned length, left-padded.
+    options
+        The method's own options. Of several methods, every one that has an option of this name gets it.
     compile
         None, or ``"graph"``: on a CUDA device, the vision tower and the prefill of the language model run as CUDA
         graphs, captured once for each of a few prompt lengths. What cannot run so runs as ever, and
         `Report.compiled` says why. Results then differ by rounding from those without, at ``keep=1.0`` too.
-    options
-        The method's own options. Of several methods, every one that has an option of this name gets it.
 
     Raises
     ------
@@ -62,8 +62,8 @@ class PruneConfig:
     scope: str = "per_image"
     allocation: str = "auto"
     restore: bool = True
-    compile: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    compile: str | None = None
 
     #: The allocation that the method takes where nobody asks for another. Not a field: `replace` works it out again.
     _own: ClassVar[str] = "equal"

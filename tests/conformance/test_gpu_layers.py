@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 import vtprune
 from vtprune.decoding import core_neurons
@@ -162,3 +163,17 @@ def test_decoding_on_core_neurons_is_the_dense_model_with_a_mask_in_bf16() -> No
     masked = steps()
     assert (sparse - masked).abs().max() <= 0.02 * masked.abs().max()
     assert (sparse - dense).abs().max() > 2 * (sparse - masked).abs().max()
+
+
+@pytest.mark.parametrize("case", METHODS)
+@torch.no_grad()
+def test_an_offloaded_cache_serves_a_prompt_and_its_answer(case: str) -> None:
+    """Keys leave the GPU as soon as a layer has read them, before its attention rows are asked for."""
+    method, options = METHODS[case]
+    model, inputs = load("pocket-llava", "sdpa", torch.float32, count=4)
+    with vtprune.apply(model, method, keep=KEEP, **options):
+        plain, offloaded = (
+            model.generate(**inputs, max_new_tokens=6, do_sample=False, **cache)
+            for cache in ({}, {"past_key_values": DynamicCache(config=model.config.text_config, offloading=True)})
+        )
+    assert torch.equal(plain, offloaded)

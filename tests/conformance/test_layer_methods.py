@@ -57,6 +57,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "corematching top-k": ("corematching", {"mode": "top_k"}),
 }
 KEEP = 0.35
+LOOKS_AT_TEXT = ("fastv", "pyramiddrop", "sparsevlm", "catp", "corematching", "corematching top-k")
 
 
 @contextmanager
@@ -365,8 +366,8 @@ def test_prompt_lookup_equals_greedy(family: str, case: str) -> None:
         options = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "eos_token_id": NEVER}
         try:
             looked_up, _ = generate(model, sample, 14, **options)
-        except InputError:
-            assert COUNTS_THE_CACHE
+        except InputError as error:
+            assert COUNTS_THE_CACHE or ("candidates of assisted" in str(error) and case in LOOKS_AT_TEXT)
             return
     assert same(greedy, looked_up)
 
@@ -388,9 +389,11 @@ def test_assisted_decoding_with_a_second_model_equals_greedy(family: str, case: 
                 try:
                     assisted, _ = generate(model, sample, 8, assistant_model=draft, eos_token_id=NEVER)
                 except InputError as error:
-                    assert COUNTS_THE_CACHE and "\n" not in str(error)
+                    # Candidates come along with the prompt, where a method would take them for the question.
+                    assert COUNTS_THE_CACHE or ("candidates of assisted" in str(error) and case in LOOKS_AT_TEXT)
+                    assert "\n" not in str(error)
                     continue
-            assert same(assisted, greedy)
+            assert same(assisted, greedy) and case not in LOOKS_AT_TEXT
 
 
 @pytest.mark.parametrize("case", METHODS)
@@ -456,26 +459,18 @@ class Exact(QuantizedLayer):
 class Away(DynamicCache):
     """Keys and values leave the device as soon as a layer has read them, as those of an offloaded cache do."""
 
-    @property
-    def offloading(self) -> bool:
-        return True
-
-    @offloading.setter
-    def offloading(self, value: bool) -> None:
-        pass
-
-    def prefetch(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def offload(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.offloading, self.host = True, {}
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
-        if len(self.layers) > layer and hasattr(self, "host"):
-            self.layers[layer].keys = self.host.pop(layer)
+        self.offloading = False  # transformers' own needs a GPU
+        if layer in self.host:
+            self.layers[layer].keys = self.host[layer]
         out = super().update(keys, values, layer, *args, **kwargs)
-        self.host = {**getattr(self, "host", {}), layer: self.layers[layer].keys}
+        self.host[layer] = self.layers[layer].keys
         self.layers[layer].keys = self.layers[layer].keys.to("meta")
+        self.offloading = True
         return out
 
 

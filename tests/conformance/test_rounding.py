@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from helpers import make_tokens
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtprune
+from vtprune.kernels import reference
 from vtprune.tokens import CLS_LOGITS, CLS_ROW, LAST_CLS_LOGITS, PRE_PROJECTOR, VisualTokens
 
 from .test_methods import PROJECTOR
@@ -68,3 +71,23 @@ def test_another_order_of_summation_changes_no_pick(method: str, keep: float, cl
                 tokens = replace(tokens, probes={PRE_PROJECTOR: raw})
             found.append(vtprune.select(tokens, method, keep=keep).index)
         assert torch.equal(*found)
+
+
+class NoDouble(TorchDispatchMode):
+    """Stands for a device that has no fp64."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            assert not isinstance(x, Tensor) or x.dtype != torch.float64, op
+        return out
+
+
+@pytest.mark.parametrize("method", PROJECTOR)
+def test_no_fp64_where_a_device_has_none(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple GPUs; counts that come out of host numbers aside, since these are made there."""
+    raw = plain_areas(0)
+    tokens = tokens_of(raw, torch.arange(HIDDEN), torch.arange(DIM))
+    monkeypatch.setattr(reference, "NO_FP64", {"cpu"})
+    with NoDouble():
+        assert len(vtprune.select(tokens, method, keep=1 / 4)) == SIDE * SIDE // 4

@@ -304,3 +304,15 @@ def test_inductor_compiles_a_layer_and_it_is_the_same() -> None:
             found = function(hidden, update, cos, sin, made[1 + layer], w, shape)
         for a, b in zip((*expected, made[0]), (*found, made[1 + layer]), strict=True):
             assert_close(a, b, 1e-5)
+
+
+@torch.no_grad()
+def test_wrong_placeholders_are_still_the_models_own_error(anywhere: Any, llava: nn.Module) -> None:
+    inputs = tiny.prompt(llava, 2)
+    inputs["input_ids"][0, inputs["input_ids"][0].tolist().index(tiny.IMAGE)] = tiny.FIRST_WORD
+    with pytest.raises(ValueError, match="do not match"):
+        llava(**inputs)
+    with vtprune.apply(llava, "norm", keep=KEEP, compile="graph"):
+        with pytest.raises(ValueError, match="do not match"):
+            llava(**inputs)
+        llava(**tiny.prompt(llava, 2))

@@ -16,7 +16,7 @@ from torch import nn
 
 import vtprune
 from vtprune import bench
-from vtprune.bench.measure import kv_bytes
+from vtprune.bench.clocks import kv_bytes
 from vtprune.engine import attach
 from vtprune.tokens import PROJECTOR
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accuracy benchmark runs from end to end, on a few questions."""
+"""The benchmarks of accuracy and the board run from end to end, on a few questions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy
-from vtprune.eval import read
+from benchmarks import accuracy, board
+from vtprune.eval import read, sweep
 
 
 def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +31,31 @@ def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = read(rows)[1]
     right = sum(row["correct"] for row in answers if row["method"] == "norm")
     assert float(table[4]["accuracy"]) == pytest.approx(right / 6, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_board_of_ci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two methods and the controls, 20 questions, time and memory on the same row."""
+    monkeypatch.setattr("vtprune.eval.cost.REPEATS", 1)
+    rows, out = tmp_path / "rows", tmp_path / "out"
+    assert board.main(["--ci", "--device", "cpu", "--workers", "1", "--rows", str(rows), "--out", str(out)]) == 0
+    with (out / "board.csv").open(encoding="utf-8") as file:
+        table = {row["method"]: row for row in csv.DictReader(file) if row["kind"] == "mean"}
+    assert [*table] == ["prior", *sweep.ALWAYS, "norm", "divprune"]
+    assert all(float(row["ttft_ms"]) > 0 and row["questions"] == "20" for name, row in table.items() if name != "prior")
+    assert float(table["dense"]["score"]) > 0.8 > float(table["blank"]["score"])
+    assert float(table["norm"]["ttft_ms"]) < float(table["dense"]["ttft_ms"])
+    assert (out / "index.html").stat().st_size > 10_000 and (out / "board.png").is_file()
+    before = (out / "index.html").read_bytes()
+    assert board.main(["--draw", "--out", str(out)]) == 0
+    assert (out / "index.html").read_bytes() == before
+
+
+def test_encoding_once_is_compared_with_each_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "SMALL", ("norm",))
+    monkeypatch.setattr(board, "KEEPS", ("1/9",))
+    assert board.main(["--once", "--questions", "2", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("encode-once-*.csv")
+    (line,) = csv.DictReader(file.open(encoding="utf-8"))
+    assert (line["combinations"], line["answers"], line["answers_that_differ"]) == ("4", "8", "0")
+    assert float(line["apart_s"]) >= float(line["apart_warm_s"]) > 0 < float(line["together_s"])

@@ -117,8 +117,8 @@ def test_a_folder_is_scored_and_its_card_says_so(tmp_path, monkeypatch):
     """The shipped weights on a few questions, by the code that scores a training run."""
     name, folder = "pocket-llava", tmp_path / "pocket-llava"
     shutil.copytree(export.HERE / name, folder)
-    row = score.score(name, folder, ("basic",), 18, "cpu")
-    assert row["basic/mean"] >= 0.9 and row["event"] == "test" and row["questions"] == 18
+    row = score.score(name, folder, ("basic",), 12, "cpu")
+    assert row["basic/mean"] >= 0.9 and row["event"] == "test" and row["questions"] == 12
     assert {key for key in row if "/" in key} == {f"basic/{k}" for k in ("mean", *data.KINDS)}
     with pytest.raises(ValueError, match="'video'"):
         score.score(name, folder, ("video",), 6, "cpu")
@@ -131,7 +131,7 @@ def test_a_folder_is_scored_and_its_card_says_so(tmp_path, monkeypatch):
     score.write(name, row, folder)
     log, text = export.read_log(folder / LOG_FILE), (folder / "README.md").read_text()
     assert log[-1] == row and sum(r.get("event") == "test" for r in log) == 1 and card.is_finished(log)
-    assert f"pocket.score {name}`" in text and row["weights"][:12] in text and "to 18 test questions" in text
+    assert f"pocket.score {name}`" in text and row["weights"][:12] in text and "to 12 test questions" in text
     assert f"pocket.score {name}`" not in before
     with pytest.raises(ValueError, match="other weights"):
         score.write(name, {**row, "weights": "0"}, folder)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from vtprune.lens import Categories, Lens
 from vtprune.lens.probe import View
-from vtprune.viz import lens_page, lens_picture
-from vtprune.viz.lens import COLORS, spelled_out
+from vtprune.viz import lens, lens_page
+from vtprune.viz.words import COLORS, spelled_out
 
 WORDS = {5: "red", 6: "</script>", 7: "a&b", 8: "circle"}
 
@@ -40,8 +40,8 @@ def data_of(page: str) -> dict:
 
 def test_colours_of_the_picture_say_the_class() -> None:
     image = Image.new("RGB", (90, 60), (200, 200, 200))
-    plain = np.asarray(lens_picture(image, seen_of(ONE), 0), float)
-    drawn = np.asarray(lens_picture(image, seen_of(ONE), 0, CLASSES), float)
+    plain = np.asarray(lens(image, seen_of(ONE), 0), float)
+    drawn = np.asarray(lens(image, seen_of(ONE), 0, CLASSES), float)
     step = drawn.shape[1] // 3
     corner = [drawn[8, step * i + 8] for i in range(3)]
     for label, dim, pixel in zip(("vit_sink", "dead"), (1, 0.55), corner, strict=False):
@@ -49,7 +49,7 @@ def test_colours_of_the_picture_say_the_class() -> None:
     assert (corner[2] == 200).all()  # alive is clear
     edge = drawn[0, 2 * step + 20]
     assert tuple(edge) == COLORS["alive"] and (plain[8, 8] == 200).all()
-    assert not np.array_equal(drawn, np.asarray(lens_picture(image, seen_of(ONE), 4, CLASSES)))  # other words
+    assert not np.array_equal(drawn, np.asarray(lens(image, seen_of(ONE), 4, CLASSES)))  # other words
 
 
 def test_the_page_holds_everything_and_escapes_it() -> None:
@@ -83,7 +83,7 @@ def test_views_and_frames_are_panels() -> None:
     )
     data = data_of(lens_page(image, seen_of(*views), 0))
     assert [(p["title"], len(p["tokens"])) for p in data["panels"]] == [("thumbnail", 4), ("crops", 8)]
-    assert lens_picture(image, seen_of(*views), 0).width > 900
+    assert lens(image, seen_of(*views), 0).width > 900
     frames = tuple(View(0, 0, "frame", (1, 2), (0.0, 0.0, 1.0, 1.0), 2) for _ in range(3))
     shades = [Image.new("RGB", (40, 20), (i, i, i)) for i in range(6)]
     data = data_of(lens_page(shades, seen_of(*frames), 0))
@@ -108,5 +108,5 @@ def test_letters_that_the_font_lacks_are_spelled_out() -> None:
     words = {**WORDS, 5: "猫", 8: "犬"}
     cat = dataclasses.replace(seen_of(ONE), words=words)
     dog = dataclasses.replace(cat, words={**words, 5: "犬"})
-    assert lens_picture(image, cat, 0).tobytes() != lens_picture(image, dog, 0).tobytes(), "boxes look alike"
+    assert lens(image, cat, 0).tobytes() != lens(image, dog, 0).tobytes(), "boxes look alike"
     assert "猫" in data_of(lens_page(image, cat, 0))["words"], "browsers have other fonts"

@@ -26,7 +26,7 @@ from ..engine.report import prefill_flops
 from ..errors import ConfigError
 from ..eval.controls import smaller
 from ..models import find_family
-from .measure import MAX_RUNS, MIN_RUNS, WARM_UP, Energy, Times, counted_flops, decode_ms, kv_bytes, timed_runs
+from .clocks import MAX_RUNS, MIN_RUNS, WARM_UP, Energy, Times, counted_flops, decode_ms, kv_bytes, timed_runs
 from .shapes import default_size, make_inputs
 
 #: Runs in a row before the next line has its turn, where lines take turns.

@@ -59,6 +59,7 @@ def force_pack() -> Iterator[None]:
 class _Local(threading.local):
     call: Call | None = None
     labels: Tensor | None = None
+    ahead: int = 0
     encode: frozenset[Probe] | None = None
     watchers: tuple[Callable[[Call], None], ...] = ()
     entry: int | None = None  # decoder layer before which visual tokens enter
@@ -255,6 +256,10 @@ class Engine:
 
     def _copy_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the loss read a copy of the labels, in which those of dropped tokens will be ignored."""
+        # generate() asks for one row of logits of a prompt, and for one more with each candidate.
+        rows = kwargs.get("logits_to_keep")
+        cached = kwargs.get("past_key_values") is not None
+        self.local.ahead = max(0, rows - 1) if isinstance(rows, int) and cached else 0
         labels = kwargs.get("labels")
         self.local.labels = None if labels is None or self.active_job() is None else labels.clone()
         return None if self.local.labels is None else (args, {**kwargs, "labels": self.local.labels})
@@ -263,8 +268,8 @@ class Engine:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kw = {**dict(zip(self.signature, args, strict=False)), **kwargs}
-        call = self.local.call = Call(self.active_job(), labels=self.local.labels)
-        self.local.labels = None
+        call = self.local.call = Call(self.active_job(), labels=self.local.labels, ahead=self.local.ahead)
+        self.local.labels, self.local.ahead = None, 0
         self.tap.collect_into(call.encodings)
         ids, embeds, cache = kw.get("input_ids"), kw.get("inputs_embeds"), kw.get("past_key_values")
         state = pos.state_of(cache)
@@ -283,6 +288,7 @@ class Engine:
             call.ids = ids
             call.given = {k: kw[k] for k in ("second_per_grid_ts", "mm_token_type_ids") if kw.get(k) is not None}
             call.masks = probes.placeholder_masks(self.family, ids, embeds)
+            call.fetched = probes.fetch(ids, kw.get("attention_mask"))
             for modality, out in encoded.items():
                 call.encodings[modality] = probes.encoding_of(modality, out, self.tap.local.recent or {})
                 call.given[f"{modality}_features"] = getattr(out, "pooler_output", None)
@@ -329,7 +335,7 @@ class Engine:
         new = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if valid is None else valid
         if self.graphs is not None and job is not None and job.config.compile is not None:
             call.tampered = self.graphs.tampered()
-        host_new, host_masks, host_ids = probes.to_host(self.family, call.ids, call.masks, new)
+        host_new, host_masks, host_ids = probes.to_host(self.family, call, kw.get("attention_mask"), new)
         layout = probes.match(self.family, call, host_masks, host_ids, embeds)
         if not host_new.reshape(-1)[layout.position].all():
             raise InputError("the attention mask hides visual tokens; mask only padding")
@@ -376,6 +382,11 @@ class Engine:
             return False
         if job is not None and job.layer_stages:
             self._refuse_inside(call)
+        if job is not None and call.ahead and job.reads_question:
+            raise InputError(
+                f"{job.config.label!r} looks at the question, and {call.ahead} candidates of assisted generation came "
+                "along with this prompt; generate without an assistant, or with a method that looks at pictures alone"
+            )
         prune_prompt(self.family, call, kw, state, new, rows, position, tail)
         self._hook_stages(call)
         return True

@@ -22,6 +22,7 @@ from .report import Trace
 
 if TYPE_CHECKING:
     from .entry import Entry
+    from .probes import Fetched
 
 
 class Encoded(Exception):
@@ -63,6 +64,11 @@ class Job:
         if self.pruner.adaptive or not tokens.num_images:
             return False
         return all(pools.lens == pools.counts for pools in (b.pools(tokens) for b in budgets))
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether what is kept depends on the text at the end of the prompt."""
+        return self.pruner.query_aware or any(probe.name != "hidden" for probe in self.layer_probes)
 
     def select(self, tokens: VisualTokens, stage: Stage, batch: int) -> tuple[Selection, np.ndarray]:
         """Let the pruner choose; also kept tokens per sample ``[batch]`` as host numbers.
@@ -109,8 +115,12 @@ class Call:
         None where only a pruned cache has to be carried on.
     ids, masks, encodings, given
         The prompt, its placeholders by modality, what the encoder did by modality, other arguments of the forward.
+    fetched
+        The prompt on the host.
     labels
         The copy of the labels that the loss will read.
+    ahead
+        Candidates of assisted generation that came along with the prompt.
     cache, past, state
         The cache, its length before this forward, and the state that it will carry after it.
     rotary
@@ -143,7 +153,9 @@ class Call:
     masks: dict[str, Tensor] = field(default_factory=dict)
     encodings: dict[str, Encoding] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
+    fetched: Fetched | None = None
     labels: Tensor | None = None
+    ahead: int = 0
     cache: Any = None
     past: int = 0
     state: pos.CacheState | None = None

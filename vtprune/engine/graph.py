@@ -320,8 +320,8 @@ class PrefillGraphs:
         self.layers = [_side_by_side(layer) for layer in lm.layers]
         self.lm_modules = _Modules([*lm.layers, lm.norm])
         self.shelf = Shelf(self.device)
-        self.wrapped: list[tuple[Any, Any]] = []
-        self._wrap(lm, self._text_forward)
+        self.wrapped: list[tuple[Any, str, Any]] = []
+        self._wrap(lm, "forward", self._text_forward)
         tower = getattr(family.inner, "vision_tower", None)
         self.tower_obstacle = ""
         if tower is None:
@@ -331,12 +331,16 @@ class PrefillGraphs:
         else:
             self.tower_modules = _Modules([tower], called=tower)
             self.tower_shelf = Shelf(self.device)
-            self._wrap(tower, self._tower_forward)
+            self._wrap(tower, "forward", self._tower_forward)
+            self._wrap(family.inner, "get_placeholder_mask", self._placeholder_mask)
 
-    def _wrap(self, module: Any, forward: Callable[..., Any]) -> None:
-        original = module.forward
-        module.forward = functools.wraps(original)(functools.partial(forward, original))
-        self.wrapped.append((module, module.forward))
+    def _wrap(self, module: Any, name: str, replacement: Callable[..., Any]) -> None:
+        original = getattr(module, name, None)
+        if original is None or name in module.__dict__:
+            return
+        wrapper = functools.wraps(original)(functools.partial(replacement, original))
+        setattr(module, name, wrapper)
+        self.wrapped.append((module, name, wrapper))
 
     def tampered(self) -> str:
         """What was done to the decoder, so that a graph would not do what it does; empty where nothing was.
@@ -351,9 +355,9 @@ class PrefillGraphs:
 
     def detach(self) -> None:
         """Put everything back; parameters have their own memory again."""
-        for module, wrapper in self.wrapped:
-            if module.__dict__.get("forward") is wrapper:
-                del module.forward
+        for module, name, wrapper in self.wrapped:
+            if module.__dict__.get(name) is wrapper:
+                delattr(module, name)
         self.wrapped, self.layers = [], []
         for shelf in (self.shelf, *([] if self.tower_obstacle else [self.tower_shelf])):
             shelf.graphs.clear()
@@ -479,6 +483,20 @@ class PrefillGraphs:
         replay = Replay(work, self.device, self.shelf.pool)
         static = (embeds, positions, cache)
         return Captured(replay, static, replay.out, sum(t.nbytes for t in static))
+
+    def _placeholder_mask(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own check of its placeholders waits for the vision tower; the host knows their number already."""
+        call, job = self.current(), self.job()
+        names = ("input_ids", "inputs_embeds", "image_features")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        asked = job is not None and job.config.compile is not None
+        fetched = call.fetched if call is not None else None
+        if not asked or fetched is None or set(given) != set(names) or given["input_ids"] is None:
+            return original(*args, **kwargs)
+        token, embeds = self.family.placeholders["image"], given["inputs_embeds"]
+        if int((fetched.ids == token).sum()) * embeds.shape[-1] != given["image_features"].numel():
+            return original(*args, **kwargs)  # which says what is wrong
+        return (given["input_ids"] == token).unsqueeze(-1).expand_as(embeds)
 
     # -- the vision tower ---------------------------------------------------------------------------------------------
 

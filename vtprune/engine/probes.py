@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -191,13 +191,42 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
-def to_host(
-    family: Family, ids: Tensor | None, masks: dict[str, Tensor], valid: Tensor
-) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
-    """Bring a prompt to the host in one transfer: valid rows, placeholders by modality, and ids where there are some.
+class Fetched(NamedTuple):
+    """A prompt on the host: ids ``[B, L]``; the mask that came with it; and that as ``[B, past + L]`` bool."""
 
-    This is the one time that a prefill waits for the device: where pictures stand in the prompt is decided there.
+    ids: np.ndarray
+    mask: Tensor | None
+    valid: np.ndarray | None
+
+
+def fetch(ids: Tensor | None, mask: Any) -> Fetched | None:
+    """Bring a prompt to the host in one transfer, before its pictures are encoded; None where it is no plain one.
+
+    This is the one time that a prefill waits for the device, which has nothing to do yet: everything about where
+    pictures stand in the prompt is decided on the host, while the vision tower runs.
     """
+    if ids is None or ids.ndim != 2:
+        return None
+    if mask is None:
+        return Fetched(ids.cpu().numpy(), None, None)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
+        return None
+    both = torch.cat([ids, mask.to(ids)], 1).cpu().numpy()
+    return Fetched(both[:, : ids.shape[1]], mask, both[:, ids.shape[1] :].astype(bool))
+
+
+def to_host(
+    family: Family, call: Call, mask: Any, valid: Tensor
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
+    """Valid rows, placeholders by modality, and ids where there are some, on the host.
+
+    Waits for the device only where the text model was given another mask than the model, or there are no ids.
+    """
+    ids, masks, fetched = call.ids, call.masks, call.fetched
+    if fetched is not None and fetched.mask is mask:
+        width = fetched.ids.shape[1]
+        host_valid = np.ones(fetched.ids.shape, bool) if fetched.valid is None else fetched.valid[:, -width:]
+        return host_valid, {m: fetched.ids == family.placeholders[m] for m in masks}, fetched.ids
     if ids is not None:
         host_valid, host_ids = torch.stack([valid.to(ids.dtype), ids.to(valid.device)]).cpu().numpy()
         return host_valid.astype(bool), {m: host_ids == family.placeholders[m] for m in masks}, host_ids

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..config import PruneConfig
-from ..tokens import Stage
+from ..tokens import Selection, Stage, VisualTokens
 from .layout import BatchLayout
 
 
@@ -124,6 +124,51 @@ def prefill_flops(rows: int, config: Any) -> int:
     return 2 * rows * projections + 4 * rows * rows * heads * head
 
 
+def image_reports(
+    layout: BatchLayout | VisualTokens, kept: np.ndarray, order: np.ndarray | None
+) -> tuple[ImageReport, ...]:
+    """One report per image from what is known of all tokens.
+
+    Parameters
+    ----------
+    kept : np.ndarray
+        ``[T]`` bool.
+    order : np.ndarray or None
+        ``[T]`` rank of choice, -1 where dropped.
+    """
+    coords = np.asarray(layout.coords.cpu() if isinstance(layout.coords, Tensor) else layout.coords)
+    images, first, segment = [], 0, 0
+    for image, sample in enumerate(layout.image_sample):
+        segments, before, after = [], 0, 0
+        while segment < len(layout.seqlens) and layout.seg_image[segment] == image:
+            part = slice(first, first + layout.seqlens[segment])
+            segments.append(
+                SegmentReport(
+                    layout.seg_kind[segment],
+                    layout.seg_grid[segment],
+                    layout.seg_box[segment],
+                    coords[part],
+                    kept[part],
+                    None if order is None else order[part],
+                )
+            )
+            before, after = before + layout.seqlens[segment], after + int(kept[part].sum())
+            first, segment = part.stop, segment + 1
+        images.append(ImageReport(sample, before, after, tuple(segments)))
+    return tuple(images)
+
+
+def selection_reports(tokens: VisualTokens, selection: Selection) -> tuple[ImageReport, ...]:
+    """What `vtprune.select` chose, per image, as a `Report` would have it. Syncs with the device."""
+    kept = np.zeros(len(tokens.source), bool)
+    kept[selection.index.cpu().numpy()] = True
+    order = None
+    if selection.order is not None:
+        order = np.full(len(kept), -1)
+        order[selection.order.cpu().numpy()] = np.arange(len(selection))
+    return image_reports(tokens, kept, order)
+
+
 def make_report(
     config: PruneConfig,
     layout: BatchLayout,
@@ -156,25 +201,7 @@ def make_report(
             chosen = trace[-1].order.cpu().numpy()
             order = np.full(total, -1)
             order[chosen] = np.arange(len(chosen))
-    images, first, segment = [], 0, 0
-    for image, sample in enumerate(layout.image_sample):
-        segments, before, after = [], 0, 0
-        while segment < len(layout.seqlens) and layout.seg_image[segment] == image:
-            part = slice(first, first + layout.seqlens[segment])
-            segments.append(
-                SegmentReport(
-                    layout.seg_kind[segment],
-                    layout.seg_grid[segment],
-                    layout.seg_box[segment],
-                    layout.coords[part],
-                    kept[part],
-                    None if order is None else order[part],
-                )
-            )
-            before, after = before + layout.seqlens[segment], after + int(kept[part].sum())
-            first, segment = part.stop, segment + 1
-        images.append(ImageReport(sample, before, after, tuple(segments)))
-
+    images = image_reports(layout, kept, order)
     num_layers = text_config.num_hidden_layers
     borders = [0, *(t.stage.layer + 1 for t in trace if t.stage.layer is not None), num_layers]
     steps = counts or [rows]
@@ -193,7 +220,7 @@ def make_report(
         method=config.label,
         keep=config.keep,
         samples=len(rows),
-        images=tuple(images),
+        images=images,
         tokens_in=total,
         tokens_out=int(kept.sum()),
         ratio=float(kept.sum()) / total if total else 1.0,

@@ -35,10 +35,15 @@ def read(path: str | Path) -> tuple[list[Row], list[Row]]:
     try:
         rows = [json.loads(line) for line in lines]
         headers = [row for row in rows if row["type"] == "run"]
-        answers = [row for row in rows if row["type"] == "answer"]
+        answers = [row for row in rows if row["type"] != "run"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a file of results ({error}); give one that vtprune's runner wrote") from None
     return headers, answers
+
+
+def score_of(row: Row) -> float:
+    """What an answer is worth; files of earlier versions say right or wrong."""
+    return float(row["score"] if "score" in row else row["correct"])
 
 
 def summarise(rows: Sequence[Row], baseline: str = "dense", draws: int = stats.DRAWS, seed: int = 0) -> list[Row]:
@@ -80,7 +85,7 @@ def summarise(rows: Sequence[Row], baseline: str = "dense", draws: int = stats.D
                     "the end with the same settings"
                 )
         kinds = [next(iter(groups.values()))[name]["kind"] for name in ids]
-        correct = np.array([[group[name]["correct"] for group in groups.values()] for name in ids], float)
+        correct = np.array([[score_of(group[name]) for group in groups.values()] for name in ids], float)
         means, drawn = stats.macro(correct, kinds), stats.bootstrap(correct, kinds, draws, seed)
         shares = stats.per_kind(correct, kinds)
         reference = next((m for m, (method, _) in enumerate(groups) if method == baseline), None)

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..registry import nearest
 
 if TYPE_CHECKING:
@@ -38,7 +39,24 @@ class Example:
         ``{"type": "text", "text": str}``, ``{"type": "image", "image": PIL.Image}``, or
         ``{"type": "video", "video": [PIL.Image, ...], "fps": float}``. Demonstrations are earlier turns.
     answer
-        What the decoded and stripped output must equal.
+        What the decoded and stripped output must equal; of other metrics, the answer to show.
+    answers
+        All accepted answers, those of ten people for example; default `answer` alone.
+    metric
+        How an answer is scored; a name in `metrics.METRICS`.
+    group
+        Questions that are scored together, such as the two that MME asks about a picture.
+    choices
+        Texts of the options A, B, C, ... of a multiple-choice question.
+    broken
+        Why the question cannot be asked, such as a picture that cannot be read. It is counted, and never right.
+    then
+        A second question, asked when the model has answered the messages. It is the one that is scored, and the picture
+        was pruned without a word of it.
+    draw
+        Makes the messages; see `ready`. A question that is passed over costs nothing then.
+    scorer
+        Scores an answer in place of the metric, whose name is a label then.
     """
 
     task: str
@@ -46,6 +64,23 @@ class Example:
     kind: str
     messages: tuple[Message, ...]
     answer: str
+    answers: tuple[str, ...] = ()
+    metric: str = "exact"
+    group: str = ""
+    choices: tuple[str, ...] = ()
+    broken: str = ""
+    then: str = ""
+    draw: Callable[[], tuple[Message, ...]] | None = field(default=None, compare=False)
+    scorer: Callable[[str], float] | None = field(default=None, compare=False)
+
+    def ready(self) -> Example:
+        """The example with its pictures drawn or read; `broken` says so where that cannot be done."""
+        if self.draw is None:
+            return self
+        try:
+            return replace(self, messages=self.draw(), draw=None)
+        except InputError as error:
+            return replace(self, broken=str(error), draw=None)
 
     def parts(self, kind: str) -> list[dict[str, Any]]:
         """Parts of one type (``"text"``, ``"image"``, ``"video"``) in order."""
@@ -87,12 +122,18 @@ class Task:
         Longest answer, its end included.
     splits
         What `split` may be.
+    drafts
+        The same as `examples`, but of examples that draw their pictures when they are asked to (`Example.ready`).
+    kinds
+        Names of the kinds where they take turns, so that count = n * len(kinds) means n of each.
     """
 
     name: str
     examples: Callable[[str, int, int], Iterator[Example]]
     max_new_tokens: int = 8
     splits: tuple[str, ...] = ("train", "val", "test")
+    drafts: Callable[[str, int, int], Iterator[Example]] | None = None
+    kinds: tuple[str, ...] = ()
 
 
 def register(task: Task) -> Task:
@@ -115,16 +156,25 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Task:
-    """The task of that name.
+    """The task of that name; ``format:folder`` is opened (see `local`), and ``lmms:name`` asked of lmms-eval.
 
     Raises
     ------
     ConfigError
-        There is none.
+        There is none, or its files are not as they should be.
     """
+    if name not in _TASKS and ":" in name:
+        return _open(name)
     if name not in _TASKS:
         raise ConfigError(f"unknown task {name!r}{nearest(name, names())}; known tasks: {', '.join(names())}")
     return _TASKS[name]
+
+
+@functools.lru_cache(maxsize=32)
+def _open(name: str) -> Task:
+    from . import lmms, local
+
+    return lmms.open_task(name) if name.startswith(lmms.PREFIX) else local.open_task(name)
 
 
 def user(*parts: dict[str, Any]) -> Message:
@@ -138,23 +188,36 @@ def assistant(text: str) -> Message:
 
 
 def _pocket_example(task: str, dialogue: Dialogue) -> Example:
-    from ..models.pocket.data import render
-    from ..models.pocket.qwen import FPS
+    def draw() -> tuple[Message, ...]:
+        from ..models.pocket.data import render
+        from ..models.pocket.qwen import FPS
 
-    messages = []
-    for turn in dialogue.turns:
-        pictures = [render(scene) for scene in turn.pictures]
-        shown: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-        if turn.clip:
-            shown = [{"type": "video", "video": pictures, "fps": FPS}]
-        messages += [user(*shown, {"type": "text", "text": turn.question.text}), assistant(turn.question.answer)]
-    return Example(task, dialogue.key, dialogue.kind, tuple(messages[:-1]), dialogue.answer)
+        messages = []
+        for turn in dialogue.turns:
+            pictures = [render(scene) for scene in turn.pictures]
+            shown: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+            if turn.clip:
+                shown = [{"type": "video", "video": pictures, "fps": FPS}]
+            messages += [user(*shown, {"type": "text", "text": turn.question.text}), assistant(turn.question.answer)]
+        return tuple(messages[:-1])
+
+    return Example(task, dialogue.key, dialogue.kind, (), dialogue.answer, draw=draw)
 
 
-def _pocketvqa(world: str) -> Task:
-    name = f"pocketvqa/{world}"
+def drawn(drafts: Callable[[str, int, int], Iterator[Example]]) -> Callable[[str, int, int], Iterator[Example]]:
+    """The same examples with their pictures drawn."""
 
     def examples(split: str, count: int, seed: int) -> Iterator[Example]:
+        for example in drafts(split, count, seed):
+            yield example.ready()
+
+    return examples
+
+
+def _pocketvqa(world: str, kinds: tuple[str, ...]) -> Task:
+    name = f"pocketvqa/{world}"
+
+    def drafts(split: str, count: int, seed: int) -> Iterator[Example]:
         from ..models.pocket.worlds import exam
 
         try:
@@ -163,7 +226,7 @@ def _pocketvqa(world: str) -> Task:
         except ValueError as error:  # an unknown split
             raise ConfigError(f"{name}: {error}") from None
 
-    return Task(name, examples)
+    return Task(name, drawn(drafts), drafts=drafts, kinds=kinds)
 
 
 def _easyvqa(split: str, count: int, seed: int) -> Iterator[Example]:
@@ -181,6 +244,48 @@ def _easyvqa(split: str, count: int, seed: int) -> Iterator[Example]:
         yield Example("easy-vqa", f"easy-vqa/{split}/{index}", kind, (message,), answer)
 
 
-for _world in ("basic", "extended", "clutter", "hires", "pair", "icl", "video"):
-    register(_pocketvqa(_world))
-register(Task("easy-vqa", _easyvqa, splits=("train", "test")))
+#: Kinds of question in each world of PocketVQA (`worlds.WORLDS`, which takes a second to import).
+POCKETVQA = {
+    "basic": ("exist", "color", "shape", "count", "where", "ocr"),
+    "extended": ("relation", "name", "conjunction"),
+    "clutter": ("clutter-exist", "clutter-color", "clutter-shape", "clutter-count", "clutter-where", "clutter-ocr"),
+    "hires": ("hires-ocr", "hires-shape", "hires-where"),
+    "pair": ("pair-color", "pair-shape", "pair-count", "pair-ocr"),
+    "icl": ("icl",),
+    "video": ("motion", "order", "tally", "flash"),
+}
+for _world, _kinds in POCKETVQA.items():
+    register(_pocketvqa(_world, _kinds))
+
+
+def _basic_turns(split: str, count: int, seed: int) -> Iterator[Example]:
+    """The questions of ``pocketvqa/basic``, each after one of another kind about the same picture."""
+    from ..models.pocket.data import questions
+    from ..models.pocket.worlds import exam
+
+    for dialogue in exam("basic", split, count, seed):
+        (turn,) = dialogue.turns
+        first = next(asked for asked in questions(turn.pictures[0]) if asked.kind != dialogue.kind)
+        name = "turns/pocketvqa/basic"
+        asked = _pocket_example(name, replace(dialogue, turns=(replace(turn, question=first),)))
+        yield replace(asked, kind=dialogue.kind, answer=dialogue.answer, then=turn.question.text)
+
+
+def _easyvqa_turns(split: str, count: int, seed: int) -> Iterator[Example]:
+    """The questions of ``easy-vqa``, each after another one about the same picture."""
+    from ..models.pocket.easyvqa import load
+
+    about: dict[int, list[str]] = {}
+    for number, text, _ in load(split).questions:
+        about.setdefault(number, []).append(text)
+    pictures = {f"easy-vqa/{split}/{index}": number for index, (number, _, _) in enumerate(load(split).questions)}
+    for example in _easyvqa(split, count, seed):
+        (text,) = (part["text"] for part in example.parts("text"))
+        first = next((other for other in about[pictures[example.id]] if other != text), text)
+        message = user(example.parts("image")[0], {"type": "text", "text": first})
+        yield replace(example, task="turns/easy-vqa", messages=(message,), then=text)
+
+
+register(Task("turns/pocketvqa/basic", drawn(_basic_turns), drafts=_basic_turns, kinds=POCKETVQA["basic"]))
+register(Task("turns/easy-vqa", _easyvqa_turns, splits=("train", "test"), kinds=("yes or no", "color", "shape")))
+register(Task("easy-vqa", _easyvqa, splits=("train", "test"), kinds=("yes or no", "color", "shape")))

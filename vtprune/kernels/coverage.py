@@ -53,7 +53,7 @@ def coverage(features: Tensor, weight: Tensor, lens: Sequence[int], counts: Sequ
             idle = mine / (1 + mine) - 1
             limit = torch.full_like(mine, torch.inf).masked_fill_(broken, -2.0)
             for step in range(k):
-                gain = (gram - covered).clamp_(min=0).sum(1, dtype=torch.float64).float()
+                gain = (gram - covered).clamp_(min=0).sum(1, dtype=reference.wide(rows)).float()
                 score = torch.minimum(torch.where(gain > COVERED * n, gain * mine, idle), limit)
                 pick = score.argmax(0, keepdim=True)  # the first of equal ones
                 picks[p, step : step + 1] = pick

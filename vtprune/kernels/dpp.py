@@ -43,7 +43,7 @@ def dpp(features: Tensor, quality: Tensor, lens: Sequence[int], counts: Sequence
         cosines = reference.Cosines(features, pools)
         padded = reference.pad(quality, pools, torch.nan)
         last = ~cosines.sound | ~padded.isfinite()
-        padded = padded.masked_fill(last, 0.0).double()
+        padded = padded.masked_fill(last, 0.0).to(reference.wide(padded))
         square = padded * padded
         residual = torch.ones_like(padded)
         # Spent rows score below all others (from -1 up, by quality), broken ones below those, picked ones below these.
@@ -58,7 +58,7 @@ def dpp(features: Tensor, quality: Tensor, lens: Sequence[int], counts: Sequence
             picks[:, step : step + 1] = pick
             limit.scatter_(1, pick, -torch.inf)
             left = residual.gather(1, pick)
-            column = cosines.to(pick).squeeze(1).double()
+            column = cosines.to(pick).squeeze(1).to(padded.dtype)
             if step:
                 done = columns[:, :step]
                 at = done.gather(2, pick[:, None].expand(-1, step, -1))

@@ -79,7 +79,7 @@ def _steps(features: Tensor, bonus: Tensor, starts: list[int], n: int, most: int
     picks = torch.zeros(len(starts), most, dtype=torch.int64, device=features.device)
     worth = torch.zeros(picks.shape, device=features.device)
     for step in range(most):
-        gain = (likes - covered[:, None]).clamp_(min=0).sum(2, dtype=torch.float64).float()
+        gain = (likes - covered[:, None]).clamp_(min=0).sum(2, dtype=reference.wide(likes)).float()
         score = torch.minimum(gain + bonuses, limits)
         best = score.amax(1, keepdim=True)
         pick = (score >= best - TIE * (10 + best.abs())).int().argmax(1, keepdim=True)

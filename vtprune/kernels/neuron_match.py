@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from ._jit import device_of, jit, on_device, processors, tl, triton
 from .dispatch import resolve
+from .reference import wide
 
 #: Neurons per word of a bitmap; neuron ``32 w + b`` is bit b of word w.
 WORD = 32
@@ -225,7 +226,7 @@ def _quota(positives: Tensor, tokens: int, rho: float, per_token: bool) -> Tenso
     """How many neurons each token of a sample keeps, ``[T]`` int64."""
     if per_token:
         return (positives * rho + 1e-6).floor().long()
-    return (positives.sum().double() * rho / tokens + 1e-6).floor().long().expand_as(positives)
+    return (positives.sum().to(wide(positives)) * rho / tokens + 1e-6).floor().long().expand_as(positives)
 
 
 def reference_match(bits: Tensor, cores: Tensor, lens: Sequence[int]) -> Tensor:
@@ -423,7 +424,7 @@ def _counts_triton(act: Tensor, lens: Sequence[int], rho: float, per_token: bool
             quota = _quota(positives, 0, rho, True)
         else:
             sums = torch.zeros(len(lens), dtype=torch.int64, device=act.device).index_add_(0, sample, positives.long())
-            quota = (sums.double() * rho / on_device(lens, act.device) + 1e-6).floor().long()[sample]
+            quota = (sums.to(wide(sums)) * rho / on_device(lens, act.device) + 1e-6).floor().long()[sample]
             # No token has more than it has.
             quota = torch.minimum(quota, positives)
         bits = {torch.bfloat16: 15, torch.float16: 18}.get(act.dtype, 31)

@@ -26,6 +26,9 @@ GRAM_ROWS = 4096
 #: How many rows meet all others at a time: fp64 need not be held for all pairs at once.
 BLOCK_ROWS = 1024
 
+#: Devices without fp64 (Apple GPUs): there picks may differ from those elsewhere at near ties.
+NO_FP64 = frozenset({"mps"})
+
 # Below every cosine: the running maximum before the first pick.
 NO_COSINE = -2.0
 LOWEST = torch.finfo(torch.float32).min
@@ -124,10 +127,16 @@ def minmax(values: Tensor, lens: Sequence[int]) -> Tensor:
     return (values.detach().float() - low[pool]) / (high - low + 1e-6)[pool]
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums on the device of `x`: fp64, or fp32 where there is none."""
+    return torch.float32 if x.device.type in NO_FP64 else torch.float64
+
+
 def unit_rows(features: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
-    """Rows of unit length ``[n, D]`` fp64 (broken ones are zero), and which are sound ``[n]``. In memory of their own,
-    so that products round the same alone and in a batch."""
-    rows = features[start : start + n].detach().to(torch.float64, copy=True)
+    """Rows of unit length ``[n, D]`` in `wide` (broken ones are zero), and which are sound ``[n]``.
+
+    In memory of their own, so that products round the same alone and in a batch."""
+    rows = features[start : start + n].detach().to(wide(features), copy=True)
     length = torch.linalg.vector_norm(rows, dim=1)
     # Finite in fp32, as the kernels compute it.
     sound = length.square().float().isfinite()
@@ -136,7 +145,7 @@ def unit_rows(features: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 def products(one: Tensor, other: Tensor) -> Tensor:
-    """``one @ other.T`` of fp64 rows ``[n, D]`` and ``[m, D]``, rounded to fp32: ``[n, m]``."""
+    """``one @ other.T`` of `wide` rows ``[n, D]`` and ``[m, D]``, rounded to fp32: ``[n, m]``."""
     return torch.cat([(block @ other.T).float() for block in one.split(BLOCK_ROWS)])
 
 

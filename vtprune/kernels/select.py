@@ -7,8 +7,8 @@ always). Ties go to the lowest row; broken rows (NaN, infinity) come last.
 
 On a GPU, half-precision rows are compared by cosines whose products run on the tensor cores (exact, summed in fp32) and
 which are kept in steps of 2^-14: each pick's fp32 score, given the picks before it, is at most 1e-3 below the best.
-fp32 rows get the picks of the reference on the same device. The picks of a pool are the same alone and in a batch, and
-the same in every run.
+fp32 rows get the picks of the reference, whose cosines are summed in fp64, and so are the same on every device. The
+picks of a pool are the same alone and in a batch, and the same in every run.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def _rate_kernel(  # type: ignore[no-untyped-def]
 def _change_kernel(  # type: ignore[no-untyped-def]
     alpha, beta, step, outer, bent, out, tokens, m, width, rows, span,
     TT: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    CUBIC: tl.constexpr, EITHER: tl.constexpr, TMA: tl.constexpr,
+    CUBIC: tl.constexpr, EITHER: tl.constexpr,
 ):  # fmt: skip
     """Squared lengths ``out [parts, T, m]`` of TT tokens times MB directions, over `span` rows of `outer`.
 
@@ -267,13 +267,11 @@ def _change_kernel(  # type: ignore[no-untyped-def]
         acc = tl.zeros([BM, BN], dtype=tl.float32)
         n = row + tl.arange(0, BN)
         for start in range(0, width, BK):
-            # Not through a descriptor: unless `tl.dot` reads it, Triton 3.6 refills a tile while others still read it.
+            # No descriptors here: with them Triton 3.6 refills a tile while it is still being read, most often where a
+            # tile has 32 directions. A stress test shows it; through pointers it shows nothing in a million sums.
             t = tl.load(step + direction[:, None] * width + start + k[None, :])
-            if TMA:
-                right = outer.load([row, start])
-            else:
-                other = n.to(tl.int64)[:, None] * width + start + k[None, :]
-                right = tl.load(outer + other, mask=(n < high)[:, None], other=0.0)
+            other = n.to(tl.int64)[:, None] * width + start + k[None, :]
+            right = tl.load(outer + other, mask=(n < high)[:, None], other=0.0)
             # Tokens times directions, in half precision: twice the rate of fp32, and no other accuracy.
             u = t[None, :, :]
             x = tl.load(alpha + own + start)[:, None, :]
@@ -400,13 +398,11 @@ def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float) -
         span = -(-outer.shape[0] // (bn * _PARTS)) * bn
         parts = -(-outer.shape[0] // span)
         out = torch.empty(parts, tokens, m, dtype=torch.float32, device=rows.device)
-        tma = describable(outer)
-        right = descriptor(outer, [bn, bk]) if tma else outer
         for cubic in (False, True) if h else (False,):
             stages = stages_for(rows, _STAGES[cubic], 2 * bk * (bn + mb))
             _change_kernel[(tiles * blocks, parts)](
-                alpha, beta, step, right, bent, out, tokens, m, pitch, outer.shape[0], span, TT=tt, MB=mb, BN=bn,
-                BK=bk, CUBIC=cubic, EITHER=h > 0, TMA=tma, num_warps=warps, num_stages=stages,
+                alpha, beta, step, outer, bent, out, tokens, m, pitch, outer.shape[0], span, TT=tt, MB=mb, BN=bn,
+                BK=bk, CUBIC=cubic, EITHER=h > 0, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         return out.sum(0).sqrt_().mean(1)
 

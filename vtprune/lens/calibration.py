@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
+from ..kernels import reference
 from ..kernels.lens_topk import inverse_norms, lens_rank
 
 #: Classes by precedence, where one must be shown of several. What is in none of them is alive.
@@ -302,7 +303,7 @@ class Calibration:
 
     def _cosine(self, rows: Tensor, name: str) -> Tensor:
         """Cosine of each row to the mean of a class, ``[T]`` fp32."""
-        return _cosines(rows, torch.tensor(self.means[name], dtype=torch.float64)[None]).squeeze(1)
+        return _cosines(rows, torch.tensor(self.means[name], dtype=reference.wide(rows))[None]).squeeze(1)
 
     def similarity(self, rows: Tensor, table: Tensor, classes: Sequence[str], inverse: Tensor | None = None) -> Tensor:
         """How much like these classes each row is, ``[T]`` fp32: its largest cosine to one of their means, or, of
@@ -313,13 +314,13 @@ class Calibration:
             at = torch.tensor(ids, dtype=torch.int64).to(table.device)
             inverse = self.inverse(table) if inverse is None else inverse
             # The reciprocal norm says which rows are words; the cosine is to nothing else.
-            found += _cosines(rows, table[at].double() * (inverse[at] > 0)[:, None]).unbind(1)
+            found += _cosines(rows, table[at].to(reference.wide(table)) * (inverse[at] > 0)[:, None]).unbind(1)
         return torch.stack(found, 1).amax(1)
 
 
 def _cosines(rows: Tensor, to: Tensor) -> Tensor:
-    """Cosines of rows ``[T, D]`` to a few fp64 rows ``[A, D]``, ``[T, A]`` fp32. Summed in fp64, a few rows at a time:
+    """Cosines of rows ``[T, D]`` to a few rows ``[A, D]`` in `reference.wide`, ``[T, A]`` fp32; a few rows at a time:
     near ties do not go by how a device rounds, and memory does not grow with the tokens."""
     to = torch.nn.functional.normalize(to.to(rows.device), dim=1)
-    found = [(torch.nn.functional.normalize(part.double(), dim=1) @ to.T).float() for part in rows.split(256)]
+    found = [(torch.nn.functional.normalize(part.to(to.dtype), dim=1) @ to.T).float() for part in rows.split(256)]
     return torch.cat(found)

@@ -50,7 +50,8 @@ def load(
         An embedded model (``"pocket-llava"``), whose weights are checked against their SHA-256; a folder with a
         transformers checkpoint, which is not checked; or a hub name.
     device
-        Where to put the model; default the GPU if there is one, else the CPU.
+        Where to put the model; default the GPU if there is one, else the CPU. ``"auto"`` spreads it over all GPUs, as
+        ``device_map="auto"`` of transformers does.
     dtype
         Default fp32 on the CPU, bf16 on a GPU.
 
@@ -68,7 +69,10 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    if spread or device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if isinstance(dtype, str):
         named = getattr(torch, dtype, None)
@@ -95,7 +99,7 @@ def load(
             raise UnsupportedModelError(
                 f"{name} is a {config.model_type!r} model without vision; give a vision-language checkpoint"
             )
-        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **spread, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(path)
     except UnsupportedModelError:
         raise
@@ -111,7 +115,7 @@ def load(
             f"cannot load {name!s}: {len(bad)} weights are missing or of another shape (first: {bad[0]}); the folder "
             "was saved by another transformers version or is incomplete"
         )
-    return model.to(device).eval(), processor
+    return (model if spread else model.to(device)).eval(), processor
 
 
 def build_inputs(model: Any, processor: Any, picture: Image.Image, question: str) -> Any:

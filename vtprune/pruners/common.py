@@ -116,11 +116,11 @@ def nearest(features: Tensor, lens: Sequence[int], anchors: Tensor, counts: Sequ
 def cosines(one: Tensor, other: Tensor) -> Tensor:
     """Cosines ``[n, m]`` fp32 of rows ``[n, D]`` and ``[m, D]``, which must be finite.
 
-    Made in fp64 and then rounded, see `reference`.
+    Made in `reference.wide` and then rounded.
     """
     one, other = (
         rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-8)
-        for rows in (one.detach().double(), other.detach().double())
+        for rows in (one.detach().to(reference.wide(one)), other.detach().to(reference.wide(other)))
     )
     return reference.products(one, other)
 

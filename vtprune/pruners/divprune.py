@@ -20,7 +20,7 @@ class DivPrunePruner(Pruner):
     already kept. No importance, no question, no attention maps.
 
     Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv:2503.02175.
-    Written from the paper. Deviations: distances in fp32; ties go to the lowest index; the budget is rounded and
+    Written from the paper. Deviations: ties go to the lowest index; the budget is rounded and
     spread over images, views and frames by `Budget` (the paper prunes one image as one pool).
     """
 

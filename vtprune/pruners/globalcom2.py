@@ -153,7 +153,7 @@ def _informative(tokens: VisualTokens) -> list[list[float]]:
     sums, start = [], 0
     for image in images:
         n = image.informative_size
-        sums.append(image.cells(values[start : start + n].double().numpy()))
+        sums.append(image.cells(values[start : start + n].numpy().astype(np.float64)))
         start += n
     tokens.ctx["globalcom2"] = (base, sums)
     return sums

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..kernels import reference
 from ..tokens import CLS_LOGITS, CLS_ROW, PRE_PROJECTOR, Probe, VisualTokens
 from .zoo import ZooPruner
 
@@ -22,7 +23,7 @@ def _per_image(tokens: VisualTokens) -> Iterator[tuple[slice, Tensor]]:
     start = 0
     for n in tokens.image_lens:
         rows = slice(start, start + n)
-        yield rows, tokens.features[rows].detach().to(torch.float64, copy=True)
+        yield rows, tokens.features[rows].detach().to(reference.wide(tokens.features), copy=True)
         start += n
 
 

@@ -27,7 +27,7 @@ class ScopePruner(Pruner):
 
     - Saliency is the attention of the CLS token in the last layer but one; without a CLS token, how unlike the mean of
       its image a token is, as ``(1 - cos) / 2``, where the paper averages attention maps.
-    - When every token is covered, the salient ones follow. Cosines are those of projected rows, in fp32.
+    - When every token is covered, the salient ones follow. Cosines are those of projected rows.
 
     Parameters
     ----------

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..kernels import reference
 
 FILE = "scorer.safetensors"
 #: Where a model that ships with the package has its scorer.
@@ -122,10 +123,10 @@ def soft_topk(scores: Tensor, count: float | Tensor) -> Tensor:
     Tensor
         ``[..., N]`` in [0, 1], in the dtype of the scores.
     """
-    wide = scores.double()
+    wide = scores.to(reference.wide(scores))
     there = wide.isfinite()
     total = there.sum(-1, keepdim=True)
-    goal = torch.as_tensor(count, dtype=torch.float64, device=scores.device)
+    goal = torch.as_tensor(count, dtype=wide.dtype, device=scores.device)
     goal = goal[..., None] if goal.ndim else goal
     goal = goal.expand(total.shape).clamp(min=1e-4).minimum(total - 1e-4)
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
+from ..kernels import reference
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 from . import common
@@ -69,8 +70,8 @@ class TomePruner(Pruner):
     def _merge(self, features: Tensor, start: int, n: int, k: int) -> tuple[Tensor, Tensor]:
         """The `k` rows of a pool that stay, ascending, and which of them each of the `n` rows has gone into."""
         # In fp64, as are the cosines: a rounding that differs in one round decides which rows there are in the next.
-        sums = features[start : start + n].detach().to(torch.float64, copy=True)
-        size = sums.float().sum(1).isfinite().double()  # broken rows weigh nothing
+        sums = features[start : start + n].detach().to(reference.wide(features), copy=True)
+        size = sums.float().sum(1).isfinite().to(sums.dtype)  # broken rows weigh nothing
         sums.masked_fill_(size[:, None] == 0, 0.0)
         rows = place = torch.arange(n, device=features.device)
         per_round = -(-(n - k) // self.rounds)
@@ -83,7 +84,7 @@ class TomePruner(Pruner):
             merge = like.sort(descending=True, stable=True).indices[:gone]
             target = torch.arange(m, device=rows.device).index_copy_(0, 2 * merge, 2 * best[merge] + 1)
             # A product rather than index_add, which a GPU sums in any order.
-            pairs = (best[merge] == torch.arange(m // 2, device=rows.device)[:, None]).double()
+            pairs = (best[merge] == torch.arange(m // 2, device=rows.device)[:, None]).to(sums.dtype)
             sums[1::2] += pairs @ sums[::2][merge]
             size[1::2] += pairs @ size[::2][merge]
             stays = torch.ones(m, dtype=torch.int8, device=rows.device).index_fill_(0, 2 * merge, 0)

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..budget import Budget
 from ..errors import ConfigError, UnsupportedModelError
-from ..kernels import select
+from ..kernels import reference, select
 from ..kernels import sensitivity as op
 from ..kernels.dispatch import half, resolve
 from ..registry import Pruner, register
@@ -79,8 +79,9 @@ class ZooPruner(Pruner):
     Deviations:
 
     - The authors perturb in the model's half precision, where most of a step of 0.01 is rounded away. Here the step is
-      taken, and the projector run, in fp32. ``"fd"`` subtracts two nearly equal outputs: with TF32 matrix products
-      allowed it is noise, so leave that to the other estimators.
+      taken, and the projector run, in fp32, or in fp64 where encoder rows are fp32: rounding then tells no copies
+      apart, and a GPU keeps what a CPU keeps. ``"fd"`` subtracts two nearly equal outputs: in fp32 with TF32 matrix
+      products allowed it is noise, so leave that to the other estimators.
     - The default is ``"fd_fused"``, not ``"fd"``. The authors' low-rank stand-in for the projector is not offered.
     - Directions come from a seeded generator; theirs are different in each run. All images and prompts share them.
     - Where all tokens are equally sensitive up to rounding (a linear projector), S^ is 1 for all: farthest points from
@@ -198,17 +199,17 @@ class ZooPruner(Pruner):
             return scores, noise, ran
         projector, group = tokens.projector, raw.shape[0] // total
         directions = bank(raw.shape[1], self.m, self.seed)[part].to(raw.device, non_blocking=True)
+        # In fp64 where rows are fp32: copies then have one sensitivity, and it is the same on every device.
+        dtype = reference.wide(raw) if raw.dtype == torch.float32 else raw.dtype
         start = 0
         for n in tokens.image_lens:  # image by image, in memory of its own: rounded alike alone and in a batch
-            # In fp64 where rows are fp32: copies then have one sensitivity, and it is the same on every device.
-            dtype = torch.float64 if raw.dtype == torch.float32 else raw.dtype
             rows = raw[start * group : (start + n) * group].detach().to(dtype, copy=True)
             if n:
                 found = sensitivity(rows, projector, directions, self.h, ran, group)
                 scores[start : start + n] = found.to(scores, non_blocking=True)
             start += n
         if ran in ("fd", "fd_fused"):
-            noise = torch.finfo(torch.float32).eps * _norms(tokens) / (2 * self.h)
+            noise = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * _norms(tokens) / (2 * self.h)
         return scores, noise, ran
 
 
@@ -441,7 +442,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
     ranks = []
     for values in (a[sound], b[sound]):
         _, place, count = values.unique(return_inverse=True, return_counts=True)
-        ranks.append((count.cumsum(0).double() - (count - 1) / 2)[place])
+        ranks.append((count.cumsum(0).to(reference.wide(count)) - (count - 1) / 2)[place])
     x, y = (r - r.mean() for r in ranks)
     scale = float(x.norm() * y.norm())
     return float(x @ y) / scale if scale else math.nan

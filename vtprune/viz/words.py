@@ -49,7 +49,7 @@ class _Panel:
     views: list[int]
 
 
-def lens_picture(
+def lens(
     image: Image.Image | Sequence[Image.Image],
     seen: Lens,
     layer: int,
@@ -278,7 +278,7 @@ def lens_page(
     Parameters
     ----------
     image, seen, layer, categories, picture
-        As for `lens_picture`; `layer` is the one whose words are on the patches at first.
+        As for `lens`; `layer` is the one whose words are on the patches at first.
     title
         Such as the name of the picture and the model.
     """

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The board: accuracy and measured time of every method on the pocket models, as tables, a page and a picture.
+
+    python -m benchmarks.board --full       # one GPU; run it again and it goes on
+    python -m benchmarks.board --small      # two CPU cores: one model, 8 methods, 50 questions of each task
+    python -m benchmarks.board --ci         # two methods, 20 questions
+    python -m benchmarks.board --once       # what encoding once saves: seconds of a sweep, and of each row alone
+    python -m benchmarks.board --draw       # page and picture once more, from the committed tables
+
+It is `vtprune eval` and `vtprune board` without a command line of typer's. Answers stay in ``--rows``; ``board.csv``,
+``overall.csv``, ``about.json``, ``index.html`` and ``board.png`` go to ``--out``. `benchmarks/README.md` has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.tables import write
+from vtprune.errors import InputError
+from vtprune.eval import board, page, runner
+from vtprune.eval.sweep import EXAMS, Request, load_model, sweep
+
+HERE = Path(__file__).parent
+ROWS = HERE.parent / "build" / "board"
+KEEPS = ("1/2", "1/4", "1/9")
+SMALL = ("norm", "divprune", "idpruner", "visionzip", "scope", "cdpruner", "fastv", "tome")
+SETS = {
+    "full": (tuple(EXAMS), ("all",), 300, KEEPS),
+    "small": (("pocket-llava",), SMALL, 50, KEEPS),
+    "ci": (("pocket-llava",), ("norm", "divprune"), 20, ("1/9",)),
+}
+
+
+def request_of(which: str, given: argparse.Namespace) -> Request:
+    """What one of `SETS` asks."""
+    models, methods, count, keeps = SETS[which]
+    tasks = ("pocketvqa/basic",) if which == "ci" else ("all",)
+    return Request(models, tasks, methods, keeps, "test", given.questions or count, device=given.device)
+
+
+def where() -> str:
+    """The device, as a part of a file's name."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return name.lower().replace(" ", "-")
+
+
+def once(given: argparse.Namespace) -> int:
+    """Seconds of one sweep, and of every row of it alone; the answers must be the same.
+
+    A row alone is what `vtprune eval` does with one method and one budget: the model is loaded, pictures are drawn and
+    encoded. ``apart_warm_s`` leaves the loading out, so it is what the encoder and the greedy orders save.
+    """
+    request = Request(("pocket-llava",), (), (), (), device=given.device)
+    methods, count = ["dense", "random", "grid", *SMALL], given.questions or 20
+    settings = {"count": count, "batch": min(count, 24), "split": "test", "commit": "-"}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def seconds(methods: list[str], keeps: list[str], name: str) -> tuple[float, float]:
+            begun = time.monotonic()
+            model, processor = load_model("pocket-llava", request)
+            loaded = time.monotonic() - begun
+            out = Path(folder) / name
+            runner.run(model, processor, ["pocketvqa/basic"], methods, keeps, out, about=about, **settings)
+            return time.monotonic() - begun, loaded
+
+        model, _ = load_model("pocket-llava", request)
+        about = runner.provenance(model, "pocket-llava")
+        seconds(["dense"], ["1/9"], "warm.jsonl")
+        together, _ = seconds(methods, list(KEEPS), "all.jsonl")
+        apart = loading = 0.0
+        said = {}
+        for number, (method, keep) in enumerate(runner.combinations(methods, KEEPS)):
+            took, loaded = seconds([method.label], [keep], f"{number}.jsonl")
+            apart, loading = apart + took, loading + loaded
+            for row in board.read(Path(folder) / f"{number}.jsonl")[1]:
+                said[row["method"], row["keep"], row["id"]] = row["prediction"]
+        rows = board.read(Path(folder) / "all.jsonl")[1]
+    differ = sum(said[row["method"], row["keep"], row["id"]] != row["prediction"] for row in rows)
+    line = {"device": where(), "torch": torch.__version__, "commit": runner.current_commit(), "questions": count}
+    line |= {"combinations": len(rows) // count, "answers": len(rows), "answers_that_differ": differ}
+    line |= {"together_s": round(together, 2), "apart_s": round(apart, 2), "ratio": round(apart / together, 2)}
+    warm = apart - loading
+    line |= {"apart_warm_s": round(warm, 2), "ratio_warm": round(warm / together, 2)}
+    print(line)
+    write((given.out or HERE / "results") / f"encode-once-{where()}.csv", [line])
+    return 0 if not differ else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_mutually_exclusive_group(required=True)
+    for name in (*SETS, "once", "draw"):
+        kinds.add_argument(f"--{name}", action="store_const", const=name, dest="which")
+    parser.add_argument("--questions", type=int, default=None, help="of each task")
+    parser.add_argument("--workers", type=int, default=None, help="processes; default 14 on a GPU, 1 on a CPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no more batches after this time")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--rows", type=Path, default=None, help="folder of all answers; what it holds is not run again")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the tables and the page")
+    given = parser.parse_args(arguments)
+    if given.which == "once":
+        return once(given)
+    out = given.out or HERE / "results" / f"board-{where()}"
+    if given.which == "draw":
+        print(page.draw(out))
+        return 0
+    rows = given.rows or ROWS / given.which
+    workers = given.workers or (max(1, min(14, (os.cpu_count() or 2) - 2)) if torch.cuda.is_available() else 1)
+    begun = time.monotonic()
+    told = [0.0, 0.0]
+
+    def say(text: str) -> None:
+        if text.startswith("process") or time.monotonic() - told[0] > 5:
+            told[0] = time.monotonic()
+            print(f"{told[0] - begun:.0f} s, {told[1]:.0f} answers: {text}", flush=True)
+
+    def tick(done: int) -> None:
+        told[1] += done
+
+    sweep(
+        request_of(given.which, given), rows, workers=workers, minutes=given.minutes, say=say, tick=tick,
+        begin=lambda total: print(f"{total} answers", flush=True),
+    )  # fmt: skip
+    print(f"swept in {time.monotonic() - begun:.0f} s", flush=True)
+    try:
+        board.write([rows], rows)
+    except InputError as error:
+        print(f"not finished: {error}")
+        return 1
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("board.csv", "overall.csv", "about.json"):
+        shutil.copyfile(rows / name, out / name)
+    print(page.draw(out), f"after {time.monotonic() - begun:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
