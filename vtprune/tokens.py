@@ -9,7 +9,7 @@ batch of samples with different images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -233,6 +233,18 @@ class VisualTokens:
             prompt_lens=None,
             probes=probes,
         )
+
+    def to(self, device: torch.device) -> VisualTokens:
+        """The same with every tensor of its own on `device` (the vocabulary is the model's, and stays); itself where
+        they are there already."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "vocabulary" and value.device != device
+        }
+        if any(value.device != device for value in self.probes.values()):
+            moved["probes"] = {probe: value.to(device) for probe, value in self.probes.items()}
+        return replace(self, **moved) if moved else self
 
     def with_probes(self, probes: dict[Probe, Tensor]) -> VisualTokens:
         return replace(self, probes={**self.probes, **probes})

@@ -290,7 +290,7 @@ class Engine:
             call.masks = probes.placeholder_masks(self.family, ids, embeds)
             call.fetched = probes.fetch(ids, kw.get("attention_mask"))
             for modality, out in encoded.items():
-                call.encodings[modality] = probes.encoding_of(modality, out)
+                call.encodings[modality] = probes.encoding_of(modality, out, self.tap.local.recent or {})
                 call.given[f"{modality}_features"] = getattr(out, "pooler_output", None)
         elif state is not None and kw.get("position_ids") is None:
             # A hand-written decoding loop: the model would count positions from the length of the pruned cache.
@@ -496,7 +496,8 @@ class Engine:
         self.fired = self.fired or bool(call.trace)
         slot_of = call.packs[0].slot_of
         for later in call.packs[1:]:
-            slot_of = torch.where(slot_of < 0, slot_of, later.slot_of.gather(1, slot_of.clamp_min(0)))
+            moved = later.slot_of.to(slot_of.device).gather(1, slot_of.clamp_min(0))
+            slot_of = torch.where(slot_of < 0, slot_of, moved)
         restore = call.job is None or call.job.config.restore
         if call.labels is not None:
             ignore_dropped(call.labels, slot_of, restore)

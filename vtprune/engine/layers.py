@@ -81,6 +81,7 @@ def enter_layer(call: Call, layer: int, hidden: Tensor, kw: dict[str, Any], impl
         if stage is not None:
             hidden = prune_layer(call, stage, layer, hidden, kw)
         mask, full = call.state.masks[group], call.state.full[group]
+        mask = mask.to(hidden.device)
         call.layer_masks[group] = layer_mask(implementation, mask, full, hidden.shape[1], hidden.dtype)
     kw.update(call.layer_inputs)
     kw["attention_mask"] = call.layer_masks[group]
@@ -100,7 +101,7 @@ def prune_cache(call: Call, cache: Any) -> None:
             continue
         index = last.index
         for plan in reversed(packs[done + 1 : -1]):
-            index = plan.index.gather(1, index)
+            index = plan.index.to(index.device).gather(1, index)
         if layer.keys.shape[2] != state.masks[state.group(i)].shape[1]:
             raise InputError(
                 f"layer {i} caches {layer.keys.shape[2]} of {state.masks[state.group(i)].shape[1]} slots: something "
@@ -119,7 +120,7 @@ def prune_cache(call: Call, cache: Any) -> None:
     masks, full = {}, {}
     for first, mask in state.masks.items():
         past = mask.shape[1] - packs[sum(f <= first for f in firsts)].index.shape[1]
-        masks[first] = torch.cat([mask[:, :past], last.valid], 1)
+        masks[first] = torch.cat([mask[:, :past], last.valid.to(mask.device)], 1)
         full[first] = last.full and (state.full[first] or not past)
     gone = packs[0].index.shape[1] - width
     call.state = replace(state, masks=masks, full=full, length=state.length - gone, floor=state.floor - gone)
@@ -136,9 +137,9 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     rows = row_of(slots, width, call.counts[-1])
     tokens = replace(
         tokens, features=flat[slots].detach(), text=text, prompt_rows=rows, prompt_lens=tuple(call.counts[-1])
-    )
+    ).to(hidden.device)  # this layer may be on another device than the one before
     selection, kept = job.select(tokens, stage, batch)
-    alive = call.trace[-1].kept if call.trace else torch.arange(len(slots), device=hidden.device)
+    alive = call.trace[-1].kept.to(hidden.device) if call.trace else torch.arange(len(slots), device=hidden.device)
     order = None if selection.order is None else alive[selection.order]
     call.trace.append(Trace(stage, alive[selection.index], order, selection.info))
 
@@ -167,7 +168,7 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     past = {first: state.masks[first][:, : state.masks[first].shape[1] - width] for first in above}
     call.state = replace(
         state,
-        masks={**state.masks, **{first: torch.cat([past[first], plan.valid], 1) for first in above}},
+        masks={**state.masks, **{f: torch.cat([past[f], plan.valid.to(past[f].device)], 1) for f in above}},
         full={**state.full, **{first: plan.full and (state.full[first] or not past[first].numel()) for first in above}},
     )
     now = {**kw, **call.layer_inputs}

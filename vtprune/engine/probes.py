@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ _ENCODING = "_vtprune_encoding"
 
 
 class _Local(threading.local):
+    recent: dict[str, tuple[Any, Encoding]] | None = None  # by modality: the last rows, until a forward is through
     captured: dict[Probe, Tensor] | None = None
     encodings: dict[str, Encoding] | None = None
     memory: dict[str, tuple[Tensor, Any, Encoding]] | None = None  # by method: its pixels, its output, what was noted
@@ -76,6 +77,8 @@ class EncoderTap:
     def collect_into(self, encodings: dict[str, Encoding] | None) -> None:
         """Where this thread's next encodings go, by modality; None: nowhere."""
         self.local.encodings = encodings
+        if encodings is None:
+            self.local.recent = None
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
@@ -147,14 +150,24 @@ class EncoderTap:
                 object.__setattr__(out, _ENCODING, encoding)  # generate() hands this very object to the forward
             if self.local.encodings is not None:
                 self.local.encodings[modality] = encoding
+            self.local.recent = {**(self.local.recent or {}), modality: (getattr(out, "pooler_output", None), encoding)}
             return out
 
         return features
 
 
-def encoding_of(modality: str, out: Any) -> Encoding:
-    """The encoding that was noted when generate(), or the caller, encoded pictures before the forward."""
+def encoding_of(modality: str, out: Any, recent: Mapping[str, tuple[Any, Encoding]]) -> Encoding:
+    """The encoding that was noted when generate(), or the caller, encoded pictures before the forward.
+
+    Hooks that spread a model over devices (accelerate's) copy what they hand on, and the note with it is lost; `recent`
+    is what this thread encoded last, and counts if its rows are these.
+    """
     encoding: Encoding | None = getattr(out, _ENCODING, None)
+    if encoding is None and modality in recent:
+        rows, known = recent[modality]
+        now = getattr(out, "pooler_output", None)
+        if rows is not None and now is not None and len(now) % max(len(rows), 1) == 0 and len(rows):
+            encoding = known if torch.equal(now[0].cpu(), rows[0].cpu()) else None
     if encoding is None:
         raise InputError(
             f"mm_encoder_outputs[{modality!r}] was made before vtprune was applied, or cut up by prefill_chunk_size, "
@@ -242,27 +255,38 @@ def match(
 def _order(encoding: Encoding, now: Any, mask: np.ndarray) -> list[int]:
     """Which encoded picture each entry of what the model was given is, where generate() repeated them."""
     count = len(encoding.layouts)
-    if isinstance(now, Tensor) and len(now) > count > 0:  # one tensor has no entries to know again
-        order, at, times = [], 0, len(now) // count
-        for placeholders in mask[::times].sum(1):  # every sample with all its pictures, so often
-            end = at
-            while end < count and placeholders > 0:
-                placeholders -= encoding.layouts[end].length
-                end += 1
-            order += list(range(at, end)) * times
-            at = end
-        return order
+    if isinstance(now, Tensor) and len(now) > count > 0:
+        return _repeated([[i] for i in range(count)], encoding, len(now), mask)
     if not encoding.features or not isinstance(now, list | tuple) or len(now) == len(encoding.features):
         return list(range(count))
-    groups: dict[int, list[int]] = {}  # an entry may hold several views
+    entries: list[list[int]] = []  # an entry may hold several views
     at = 0
     for rows in encoding.features:
-        mine, left = groups.setdefault(id(rows), []), len(rows)
+        entries.append([])
+        left = len(rows)
         while left > 0 and at < count:
-            mine.append(at)
+            entries[-1].append(at)
             left -= encoding.layouts[at].length
             at += 1
-    return [i for rows in now for i in groups[id(rows)]]
+    known = {id(rows): entry for rows, entry in zip(encoding.features, entries, strict=True)}
+    if all(id(rows) in known for rows in now):
+        return [i for rows in now for i in known[id(rows)]]
+    return _repeated(entries, encoding, len(now), mask)
+
+
+def _repeated(entries: list[list[int]], encoding: Encoding, now: int, mask: np.ndarray) -> list[int]:
+    """The pictures of `now` entries that are no objects to know again (one tensor, or copies): every sample comes so
+    often, each time with all its pictures."""
+    order: list[int] = []
+    at, times = 0, now // len(entries)
+    for placeholders in mask[::times].sum(1):
+        mine: list[int] = []
+        while at < len(entries) and placeholders > 0:
+            mine += entries[at]
+            placeholders -= sum(encoding.layouts[i].length for i in entries[at])
+            at += 1
+        order += mine * times
+    return order
 
 
 def _words(embeds: Tensor) -> np.ndarray:
@@ -301,7 +325,7 @@ def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, p
         checkpoint=family.checkpoint,
     )
     tokens.ctx["image_lens"] = tokens.image_lens
-    return tokens
+    return tokens.to(device)  # the encoder may be on another device than the language model
 
 
 def with_question(
