@@ -365,6 +365,7 @@ class PrefillGraphs:
         linears = [linear for layer in lm.layers for group in _groups(layer) for linear in group]
         self.joined = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
         self.lm_modules = _Modules(lm, ("layers", "norm", "rotary_emb"))
+        self.doubtful = False
         self.shelf = Shelf(self.device)
         self.wrapped: list[tuple[Any, str, Any]] = []
         self._wrap(lm, "forward", self._text_forward)
@@ -389,10 +390,7 @@ class PrefillGraphs:
         self.wrapped.append((module, name, wrapper))
 
     def tampered(self) -> str:
-        """What was done to the decoder, so that a graph would not do what it does; empty where nothing was.
-
-        The engine asks while the GPU still encodes the picture: looking at every module takes the host a while.
-        """
+        """What was done to the decoder, so that a graph would not do what it does; empty where nothing was."""
         try:
             self.lm_modules.check(self.own_hooks())
         except Unfit as why:
@@ -470,10 +468,8 @@ class PrefillGraphs:
             known = name in _HONOURED or name in _NO_DIFFERENCE or name.startswith("output_")
             if not known and value is not None and value is not False:
                 raise Unfit(f"it does not know the argument {name}")
-        if call.tampered:
-            raise Unfit(call.tampered)
 
-    def prefill(self, embeds: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def prefill(self, embeds: Tensor, positions: Tensor, cache: Callable[[], Any] | None) -> tuple[Tensor, Any]:
         """Run the decoder over ``embeds [B, P, D]`` without past, all rows valid.
 
         Parameters
@@ -481,19 +477,19 @@ class PrefillGraphs:
         positions : Tensor
             ``[B, P]``, or ``[3, B, P]`` for M-RoPE.
         cache
-            An empty `DynamicCache` to fill, or None.
+            Makes, or hands out, an empty `DynamicCache` to fill; None if there is to be none.
 
         Returns
         -------
         hidden : Tensor
             ``[B, P, D]``, after the last norm.
         cache
-            The same.
+            What `cache` returned, filled; or None.
 
         Raises
         ------
         Unfit
-            The graph cannot be captured.
+            The graph cannot be captured, or would not do what the model does by now.
         """
         batch, rows, _ = embeds.shape
 
@@ -507,10 +503,22 @@ class PrefillGraphs:
             return hidden[:, :rows].clone(), None if cache is None else kv[..., :rows, :].clone()
 
         key = (batch, bucket(rows), positions.ndim)
+        if self.doubtful or key not in self.shelf.graphs:
+            self._look()
         hidden, kv = self.shelf.run(key, lambda: self._capture(*key, embeds.shape[-1]), fill, take)
-        if kv is not None:
-            _fill_cache(cache, kv)
-        return hidden, cache
+        # Looking at every module, and making a cache, take the host a while: the GPU is at work meanwhile. What the
+        # graph reads is held, whatever was moved.
+        self._look()
+        if cache is None:
+            return hidden, None
+        made = cache()
+        _fill_cache(made, kv)
+        return hidden, made
+
+    def _look(self) -> None:
+        self.doubtful = True  # until it was looked at and found sound: the next prefill looks before it runs
+        self.lm_modules.check(self.own_hooks())
+        self.doubtful = False
 
     def _capture(self, batch: int, length: int, ndim: int, width: int) -> Captured:
         shape, rows, lm = self.shape, batch * length, self.family.lm
@@ -725,20 +733,20 @@ def empty_cache_for(lm: Any) -> Any:
     return DynamicCache(config=lm.config)
 
 
-def _cache_for(lm: Any, kw: dict[str, Any]) -> Any:
-    """The empty dynamic cache that a prefill fills; None if it is to fill none."""
+def _cache_for(lm: Any, kw: dict[str, Any]) -> Callable[[], Any] | None:
+    """Hands out the empty dynamic cache that a prefill fills; None if it is to fill none."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     use, cache = kw.get("use_cache"), kw.get("past_key_values")
     if cache is None:
         if not (getattr(lm.config, "use_cache", True) if use is None else use):
             return None
-        cache = empty_cache_for(lm)
+        return functools.partial(empty_cache_for, lm)
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         raise Unfit(f"the cache is a {type(cache).__name__}, not a plain dynamic one")
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         raise Unfit("the cache has layers that are not plain dynamic ones")
-    return cache
+    return lambda: cache
 
 
 def _fill_cache(cache: Any, kv: Tensor) -> None:
