@@ -214,7 +214,7 @@ class Replay:
     def pool(device: torch.device) -> Pool:
         idle = _IDLE.get(device)
         with torch.cuda.device(device):
-            return Pool(torch.cuda.graph_pool_handle(), idle.pop() if idle else torch.cuda.Stream(device))
+            return Pool(torch.cuda.graph_pool_handle(), idle.pop(0) if idle else torch.cuda.Stream(device))
 
     @staticmethod
     def pool_bytes(pool: Pool) -> int:
@@ -245,7 +245,7 @@ class Shelf:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = Replay.pool(device)
+        self.pool: Any = Replay.pool(device)
         self.graphs: OrderedDict[Any, Captured] = OrderedDict()
         self.refused: dict[Any, str] = {}
         self.lock = threading.Lock()
@@ -375,6 +375,11 @@ class PrefillGraphs:
             self.tower_obstacle = f"the encoder of {family.label} reads picture sizes as it runs"
         elif "forward" in tower.__dict__ or hasattr(tower, "_hf_hook"):
             self.tower_obstacle = "something else has replaced the vision tower's forward"
+        elif custom := [
+            m for m in tower.modules() if not type(m).__module__.startswith(("torch.nn.", "transformers."))
+        ]:
+            # Such as a LoRA layer, which can be switched off without a trace in its parameters.
+            self.tower_obstacle = f"the vision tower has a {type(custom[0]).__name__}, which the graph does not know"
         else:
             self.tower_modules = _Modules(tower)
             self.tower_shelf = Shelf(self.device)

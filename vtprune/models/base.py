@@ -140,7 +140,7 @@ class Family(ABC):
 
     # -- the prompt ---------------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def placeholders(self) -> dict[str, int]:
         """Token id of each modality's placeholder."""
         ids = {}
