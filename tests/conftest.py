@@ -76,6 +76,12 @@ class _SkipLog:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._log(report)
+        crash = getattr(report.longrepr, "reprcrash", None)
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and crash is not None and terminal is not None and not hasattr(self.config, "workerinput"):
+            # At once: a run that is cut off (a lent GPU) still says why.
+            first = crash.message.strip().partition("\n")[0]
+            terminal.write_line(f"\n{report.nodeid}: {crash.path}:{crash.lineno}: {first}")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self._log(report)

@@ -197,6 +197,18 @@ def test_what_cannot_be_a_graph_runs_as_ever_and_says_why(anywhere: Any, llava: 
             llava.model.language_model.layers[0].mlp.up_proj.weight.data = torch.zeros(64, 32)
             llava(**inputs)
             assert "weights of the model were moved" in compiled(llava)["language model"]
+        lm = llava.model.language_model
+        with vtprune.apply(llava, "norm", keep=KEEP, compile="graph"):
+            whole, lm.layers = lm.layers, nn.ModuleList(list(lm.layers)[:-1])
+            llava(**inputs)
+            assert "module of the model was replaced" in compiled(llava)["language model"]
+            lm.layers = whole
+            lm.layers[1], lm.layers[2] = lm.layers[2], lm.layers[1]
+            llava(**inputs)
+            assert "module of the model was replaced" in compiled(llava)["language model"]
+            lm.layers[1], lm.layers[2] = lm.layers[2], lm.layers[1]
+            llava(**inputs)
+            assert compiled(llava)["language model"].startswith("graph")
         # Applied again, it captures the model as it is now.
         with vtprune.apply(llava, "norm", keep=KEEP, compile="graph"):
             llava(**inputs)
@@ -254,6 +266,17 @@ def test_inference_mode_and_no_grad_share_graphs(anywhere: Any, llava: nn.Module
         with torch.inference_mode():
             llava.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert compiled(llava)["language model"].startswith("graph")
+
+
+def test_applied_in_inference_mode_the_weights_can_still_be_trained(anywhere: Any, llava: nn.Module) -> None:
+    inputs = tiny.prompt(llava, 2)
+    with torch.inference_mode():
+        handle = vtprune.apply(llava, "norm", keep=KEEP, compile="graph")
+        llava(**inputs)
+    llava(**inputs).logits.sum().backward()
+    with torch.inference_mode():
+        handle.remove()
+    llava(**inputs).logits.sum().backward()
 
 
 @torch.no_grad()

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +19,18 @@ from torch import nn
 import vtprune
 from vtprune import bench
 from vtprune.bench.clocks import kv_bytes
+from vtprune.budget import ALLOCATIONS
 from vtprune.engine import attach
 from vtprune.tokens import PROJECTOR
 
 pytestmark = pytest.mark.gpu
 MODELS = ("pocket-llava", "pocket-llava-next", "pocket-qwen2.5-vl")
-FIXED = [n for n, cls in vtprune.methods().items() if cls().stages() == (PROJECTOR,) and not cls.adaptive]
+#: Allocations that look at the tokens wait once by design: how many tokens a segment keeps is a number of the host.
+FIXED = [
+    name
+    for name, cls in vtprune.methods().items()
+    if cls().stages() == (PROJECTOR,) and not cls.adaptive and cls.allocation in ALLOCATIONS
+]
 KEEP = 1 / 4
 
 
@@ -87,6 +95,8 @@ def test_without_a_trace(llava: nn.Module) -> None:
     inputs = bench.make_inputs(llava)
     state = {k: v.clone() for k, v in llava.state_dict().items()}
     dense = llava(**inputs).logits.clone()
+    with vtprune.apply(llava, "norm", keep=1.0, compile="graph"):
+        llava(**inputs)  # cuBLAS makes its workspace for the streams of captures, and keeps it
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -144,6 +154,10 @@ def test_one_wait_for_the_device_per_prefill(
         torch.cuda.set_sync_debug_mode("error")
         try:
             prune_prompt(*args)
+        except RuntimeError as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            mine = [f"{Path(f.filename).name}:{f.lineno}: {f.line}" for f in frames if "vtprune" in f.filename]
+            raise AssertionError(f"{error.args[0].splitlines()[0]} at {mine[-1]}") from None
         finally:
             torch.cuda.set_sync_debug_mode("warn")
 
@@ -155,7 +169,8 @@ def test_one_wait_for_the_device_per_prefill(
                 return enter(*args)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                waits.extend(str(w.message) for w in seen if "synchronizing" in str(w.message))
+                found = [w for w in seen if "called a synchronizing" in str(w.message)]
+                waits.extend(f"{Path(w.filename).name}:{w.lineno}" for w in found)
 
     inputs = bench.make_inputs(llava, 2)
     try:
@@ -172,7 +187,7 @@ def test_one_wait_for_the_device_per_prefill(
         llava(**inputs)
         waits.clear()
         llava(**inputs)
-    assert len(waits) <= 1, waits
+    assert len(waits) <= 1, f"{len(waits)} waits, at {', '.join(waits)}"
 
 
 @torch.no_grad()

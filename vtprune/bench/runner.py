@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ def ideal(model: nn.Module, inputs: dict[str, Any], keep: float | int, label: st
                     places = torch.arange(rows.shape[1], device=rows.device).expand(len(ids), -1)
                     places = places.expand(3, -1, -1) if family.mrope else places
                     with suppress(Unfit):
-                        hidden, cache = graphs.prefill(rows, places, empty_cache_for(lm))
+                        hidden, cache = graphs.prefill(rows, places, partial(empty_cache_for, lm))
                 if hidden is None:
                     mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
                     out = lm(inputs_embeds=rows, attention_mask=mask, use_cache=True)

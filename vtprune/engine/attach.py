@@ -333,8 +333,6 @@ class Engine:
         """A prompt with pictures, on an empty or a filled cache; False where there is nothing to drop."""
         embeds, job = kw["inputs_embeds"], call.job
         new = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if valid is None else valid
-        if self.graphs is not None and job is not None and job.config.compile is not None:
-            call.tampered = self.graphs.tampered()
         host_new, host_masks, host_ids = probes.to_host(self.family, call, kw.get("attention_mask"), new)
         layout = probes.match(self.family, call, host_masks, host_ids, embeds)
         if not host_new.reshape(-1)[layout.position].all():

@@ -142,8 +142,6 @@ class Call:
         What watchers (see `attach.watching`) noted about this call, each under its own key.
     watched
         Whether there are any.
-    tampered
-        Why a graph of the language model would not do what the model does, if something was done to the model.
     compiled
         How parts of the model ran, where `PruneConfig.compile` asked for graphs.
     """
@@ -172,7 +170,6 @@ class Call:
     entry: Entry | None = None
     marks: dict[Any, Any] = field(default_factory=dict)
     watched: bool = False
-    tampered: str = ""
     compiled: dict[str, str] = field(default_factory=dict)
 
     def set_sequence(self, kw: dict[str, Any], embeds: Tensor, positions: Tensor) -> None:

@@ -46,6 +46,8 @@ DECODERS = (
     "Qwen2VLDecoderLayer",
     "Qwen2_5_VLDecoderLayer",
 )
+#: Names under which transformers computes plain causal attention, as the graph does.
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 #: Graphs kept per part of the model; the least recently used one makes room.
 MAX_GRAPHS = 8
 #: Rows of a batch beyond which launches no longer matter and static buffers would cost more than they give.
@@ -171,6 +173,21 @@ def fused(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
     return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
 
 
+class Pool(NamedTuple):
+    """Memory that graphs share, and the stream on which they are captured.
+
+    One stream for all of them: cuBLAS keeps a workspace (32 MiB on Hopper) for each stream that it has ever run on.
+    Graphs that may run at the same time have another: they would write to the same workspace.
+    """
+
+    handle: Any
+    stream: Any
+
+
+#: Streams whose graphs are gone, by device.
+_IDLE: dict[torch.device, list[Any]] = {}
+
+
 class Replay:
     """Work captured in a CUDA graph. Calling it launches the graph and returns the static tensors of the capture."""
 
@@ -178,7 +195,7 @@ class Replay:
     fuses = True
 
     def __init__(self, work: Callable[[], Any], device: torch.device, pool: Any) -> None:
-        stream = torch.cuda.Stream(device)
+        stream = pool.stream
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
@@ -186,7 +203,7 @@ class Replay:
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool.handle, stream=stream, capture_error_mode="thread_local"):
             self.out = work()
 
     def __call__(self) -> Any:
@@ -194,15 +211,18 @@ class Replay:
         return self.out
 
     @staticmethod
-    def pool(device: torch.device) -> Any:
+    def pool(device: torch.device) -> Pool:
+        idle = _IDLE.get(device)
         with torch.cuda.device(device):
-            return torch.cuda.graph_pool_handle()
+            return Pool(torch.cuda.graph_pool_handle(), idle.pop(0) if idle else torch.cuda.Stream(device))
 
     @staticmethod
-    def pool_bytes(pool: Any) -> int:
+    def pool_bytes(pool: Pool) -> int:
         """Bytes that the allocator holds for a pool."""
         return sum(
-            s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", ())) == tuple(pool)
+            s["total_size"]
+            for s in torch.cuda.memory_snapshot()
+            if tuple(s.get("segment_pool_id", ())) == tuple(pool.handle)
         )
 
 
@@ -225,11 +245,12 @@ class Shelf:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = Replay.pool(device)
+        self.pool: Any = Replay.pool(device)
         self.graphs: OrderedDict[Any, Captured] = OrderedDict()
         self.refused: dict[Any, str] = {}
         self.lock = threading.Lock()
         self.done: Any = None
+        self.closed = False
         self.about = ""
 
     def run(
@@ -244,6 +265,8 @@ class Shelf:
         """
         # Buffers are ordinary tensors even if the caller is in inference mode, so that both modes can use them.
         with self.lock, self._here(), torch.inference_mode(False), torch.no_grad():
+            if self.closed:
+                raise Unfit("it was taken off the model")
             if key in self.refused:
                 raise Unfit(self.refused[key])
             if self.done is not None:
@@ -262,13 +285,25 @@ class Shelf:
                     raise Unfit(self.refused[key]) from error
             self.graphs.move_to_end(key)
             captured = self.graphs[key]
-            fill(*captured.inputs)
-            captured.replay()
-            out = take(captured.outputs)
-            if self.device.type == "cuda":
-                self.done = torch.cuda.Event()
-                self.done.record(torch.cuda.current_stream(self.device))
-            return out
+            try:
+                fill(*captured.inputs)
+                captured.replay()
+                return take(captured.outputs)
+            finally:  # also where there was no memory for what is taken: the replay is under way
+                if self.device.type == "cuda":
+                    self.done = torch.cuda.Event()
+                    self.done.record(torch.cuda.current_stream(self.device))
+
+    def close(self) -> None:
+        """Free the graphs, once the device is through with them; nothing runs here any more."""
+        with self.lock:
+            self.closed = True
+            if self.done is not None:
+                self.done.synchronize()
+            self.graphs.clear()
+            if self.pool is not None:
+                _IDLE.setdefault(self.device, []).append(self.pool.stream)
+                self.pool = None
 
     def _here(self) -> Any:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -327,7 +362,10 @@ class PrefillGraphs:
             lm.norm.variance_epsilon,
         )
         self.layers = [_side_by_side(layer) for layer in lm.layers]
-        self.lm_modules = _Modules([*lm.layers, lm.norm])
+        linears = [linear for layer in lm.layers for group in _groups(layer) for linear in group]
+        self.joined = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+        self.lm_modules = _Modules(lm, ("layers", "norm", "rotary_emb"))
+        self.doubtful = False
         self.shelf = Shelf(self.device)
         self.wrapped: list[tuple[Any, str, Any]] = []
         self._wrap(lm, "forward", self._text_forward)
@@ -337,8 +375,13 @@ class PrefillGraphs:
             self.tower_obstacle = f"the encoder of {family.label} reads picture sizes as it runs"
         elif "forward" in tower.__dict__ or hasattr(tower, "_hf_hook"):
             self.tower_obstacle = "something else has replaced the vision tower's forward"
+        elif custom := [
+            m for m in tower.modules() if not type(m).__module__.startswith(("torch.nn.", "transformers."))
+        ]:
+            # Such as a LoRA layer, which can be switched off without a trace in its parameters.
+            self.tower_obstacle = f"the vision tower has a {type(custom[0]).__name__}, which the graph does not know"
         else:
-            self.tower_modules = _Modules([tower], called=tower)
+            self.tower_modules = _Modules(tower)
             self.tower_shelf = Shelf(self.device)
             self._wrap(tower, "forward", self._tower_forward)
             self._wrap(family.inner, "get_placeholder_mask", self._placeholder_mask)
@@ -352,16 +395,14 @@ class PrefillGraphs:
         self.wrapped.append((module, name, wrapper))
 
     def tampered(self) -> str:
-        """What was done to the decoder, so that a graph would not do what it does; empty where nothing was.
-
-        The engine asks while the GPU still encodes the picture: looking at every module takes the host a while.
-        """
+        """What was done to the decoder, so that a graph would not do what it does; empty where nothing was."""
         try:
             self.lm_modules.check(self.own_hooks())
         except Unfit as why:
             return str(why)
         return ""
 
+    @torch.inference_mode(False)
     def detach(self) -> None:
         """Put everything back; parameters have their own memory again."""
         for module, name, wrapper in self.wrapped:
@@ -369,12 +410,11 @@ class PrefillGraphs:
                 delattr(module, name)
         self.wrapped, self.layers = [], []
         for shelf in (self.shelf, *([] if self.tower_obstacle else [self.tower_shelf])):
-            shelf.graphs.clear()
+            shelf.close()
         self.lm_modules.held.clear()  # or every layer would be held twice below
-        for layer in self.family.lm.layers:
-            for group in _groups(layer):
-                for parameter in (p for linear in group for p in (linear.weight, linear.bias) if p is not None):
-                    parameter.data = parameter.data.clone()
+        for parameter in self.joined:
+            parameter.data = parameter.data.clone()
+        self.joined = []
 
     # -- the decoder --------------------------------------------------------------------------------------------------
 
@@ -408,6 +448,9 @@ class PrefillGraphs:
             "something looks at the layers": call.watched or call.entry is not None,
             "the prompt extends a cache": call.past > 0,
             "samples of the batch have different lengths": not call.packs[0].full,
+            f"its attention is {config._attn_implementation!r}, which the graph would not call": (
+                config._attn_implementation not in ATTENTION
+            ),
             "a tuple was asked for": kw.get("return_dict") is False,
             "gradients are on": torch.is_grad_enabled() and (embeds.requires_grad or self.lm_modules.trains()),
             "the model is in training mode": self.family.lm.training,
@@ -430,10 +473,8 @@ class PrefillGraphs:
             known = name in _HONOURED or name in _NO_DIFFERENCE or name.startswith("output_")
             if not known and value is not None and value is not False:
                 raise Unfit(f"it does not know the argument {name}")
-        if call.tampered:
-            raise Unfit(call.tampered)
 
-    def prefill(self, embeds: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def prefill(self, embeds: Tensor, positions: Tensor, cache: Callable[[], Any] | None) -> tuple[Tensor, Any]:
         """Run the decoder over ``embeds [B, P, D]`` without past, all rows valid.
 
         Parameters
@@ -441,19 +482,19 @@ class PrefillGraphs:
         positions : Tensor
             ``[B, P]``, or ``[3, B, P]`` for M-RoPE.
         cache
-            An empty `DynamicCache` to fill, or None.
+            Makes, or hands out, an empty `DynamicCache` to fill; None if there is to be none.
 
         Returns
         -------
         hidden : Tensor
             ``[B, P, D]``, after the last norm.
         cache
-            The same.
+            What `cache` returned, filled; or None.
 
         Raises
         ------
         Unfit
-            The graph cannot be captured.
+            The graph cannot be captured, or would not do what the model does by now.
         """
         batch, rows, _ = embeds.shape
 
@@ -467,10 +508,22 @@ class PrefillGraphs:
             return hidden[:, :rows].clone(), None if cache is None else kv[..., :rows, :].clone()
 
         key = (batch, bucket(rows), positions.ndim)
+        if self.doubtful or key not in self.shelf.graphs:
+            self._look()
         hidden, kv = self.shelf.run(key, lambda: self._capture(*key, embeds.shape[-1]), fill, take)
-        if kv is not None:
-            _fill_cache(cache, kv)
-        return hidden, cache
+        # Looking at every module, and making a cache, take the host a while: the GPU is at work meanwhile. What the
+        # graph reads is held, whatever was moved.
+        self._look()
+        if cache is None:
+            return hidden, None
+        made = cache()
+        _fill_cache(made, kv)
+        return hidden, made
+
+    def _look(self) -> None:
+        self.doubtful = True  # until it was looked at and found sound: the next prefill looks before it runs
+        self.lm_modules.check(self.own_hooks())
+        self.doubtful = False
 
     def _capture(self, batch: int, length: int, ndim: int, width: int) -> Captured:
         shape, rows, lm = self.shape, batch * length, self.family.lm
@@ -531,6 +584,8 @@ class PrefillGraphs:
             raise Unfit("the vision tower was given more than pixels and switches")
         if torch.is_grad_enabled() and (pixels.requires_grad or self.tower_modules.trains()):
             raise Unfit("gradients are on")
+        if self.tower_modules.owner.training:
+            raise Unfit("the vision tower is in training mode")
         if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
             raise Unfit("autocast, an op counter or another dispatch mode is on")
         ours = {*self.own_hooks(), *(hook.id for hooks in self.tap.hooks.values() for hook in hooks)}
@@ -569,31 +624,34 @@ class _Modules:
 
     Parameters
     ----------
-    roots
-        They and all that is in them.
-    called
+    owner
         The one whose ``forward`` is wrapped: its own hooks run around the graph.
+    parts
+        Its children that the graph stands for; all, if none is named.
     """
 
-    def __init__(self, roots: list[Any], called: Any = None) -> None:
-        self.modules = [m for root in roots for m in root.modules()]
-        self.skipped = [m for m in self.modules if m is not called]
-        self.children = [(m._modules, n, child) for m in self.modules for n, child in m._modules.items()]
-        owned = [(m._parameters, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None]
-        self.parameters = [(where, name, p, p.data_ptr()) for where, name, p in owned]
-        self.held = [p.data for _, _, p in owned]
-        self.dtype = self.parameters[0][2].dtype
+    def __init__(self, owner: Any, parts: Collection[str] = ()) -> None:
+        self.owner, self.parts = owner, {name: owner._modules[name] for name in parts or owner._modules}
+        self.modules = [m for part in self.parts.values() if part is not None for m in part.modules()]
+        whole = self.modules if parts else [owner, *self.modules]
+        self.children = [(m._modules, dict(m._modules)) for m in whole]
+        tensors = [(where, n, t) for m in whole for where in (m._parameters, m._buffers) for n, t in where.items()]
+        owned = [(where, name, t) for where, name, t in tensors if t is not None]
+        self.tensors = [(where, name, t, t.data_ptr()) for where, name, t in owned]
+        self.held = [t.data for _, _, t in owned]
+        self.dtype = next(t.dtype for _, _, t in owned if t.is_floating_point())
 
     def trains(self) -> bool:
-        return any(p.requires_grad for _, _, p, _ in self.parameters)
+        return any(t.requires_grad for _, _, t, _ in self.tensors)
 
     def check(self, own: Collection[int]) -> None:
         """Raise `Unfit` where a module, a parameter or its memory was replaced, or something hooked itself in."""
-        if any(where.get(name) is not child for where, name, child in self.children):
+        moved = any(self.owner._modules.get(name) is not part for name, part in self.parts.items())
+        if moved or any(now != before for now, before in self.children):
             raise Unfit("a module of the model was replaced after vtprune was applied; apply it again")
-        if any(where.get(name) is not p or p.data_ptr() != at for where, name, p, at in self.parameters):
+        if any(where.get(name) is not t or t.data_ptr() != at for where, name, t, at in self.tensors):
             raise Unfit("weights of the model were moved after vtprune was applied; apply it again")
-        for module in self.skipped:
+        for module in self.modules:
             if "forward" in module.__dict__:
                 raise Unfit("the forward of a module was replaced")
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -638,7 +696,7 @@ def _unknown(lm: Any) -> str:
     return ""
 
 
-@torch.no_grad()
+@torch.inference_mode(False)  # or these would be parameters that cannot be trained
 def _side_by_side(layer: Any) -> Weights:
     """Put weights of a layer that read the same input side by side; its parameters become views of that."""
 
@@ -680,20 +738,20 @@ def empty_cache_for(lm: Any) -> Any:
     return DynamicCache(config=lm.config)
 
 
-def _cache_for(lm: Any, kw: dict[str, Any]) -> Any:
-    """The empty dynamic cache that a prefill fills; None if it is to fill none."""
+def _cache_for(lm: Any, kw: dict[str, Any]) -> Callable[[], Any] | None:
+    """Hands out the empty dynamic cache that a prefill fills; None if it is to fill none."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     use, cache = kw.get("use_cache"), kw.get("past_key_values")
     if cache is None:
         if not (getattr(lm.config, "use_cache", True) if use is None else use):
             return None
-        cache = empty_cache_for(lm)
+        return functools.partial(empty_cache_for, lm)
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         raise Unfit(f"the cache is a {type(cache).__name__}, not a plain dynamic one")
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         raise Unfit("the cache has layers that are not plain dynamic ones")
-    return cache
+    return lambda: cache
 
 
 def _fill_cache(cache: Any, kv: Tensor) -> None:

@@ -144,9 +144,9 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     call.trace.append(Trace(stage, alive[selection.index], order, selection.info))
 
     keep = call.packs[-1].valid.to(hidden.device).clone()
-    keep.view(-1)[slots] = False
+    keep.view(-1).index_fill_(0, slots, False)
     slots = slots[selection.index]
-    keep.view(-1)[slots] = True
+    keep.view(-1).index_fill_(0, slots, True)
     counts = np.asarray(call.counts[-1]) - tokens.sample_lens(batch) + kept
     emptied = (counts == 0) & (np.asarray(call.counts[-1]) > 0)  # a row of nothing but padding has nothing to lose
     if emptied.any():

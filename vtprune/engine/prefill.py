@@ -149,9 +149,10 @@ def prune_prompt(
         call.trace.append(Trace(stage, selection.index, selection.order, selection.info))
         counts = counts - tokens.sample_lens(batch) + kept
         keep_deepstack(kw, tokens.source[selection.index])
-        keep.view(-1)[position] = False
+        # Not ``keep.view(-1)[position] = False``: that copies the number to the device, and waits for it.
+        keep.view(-1).index_fill_(0, position, False)
         position = position[selection.index]
-        keep.view(-1)[position] = True
+        keep.view(-1).index_fill_(0, position, True)
         if selection.features is not None:
             merged = selection.features.to(embeds.dtype)
             embeds = embeds.reshape(-1, width).index_copy(0, position, merged).view(batch, length, width)

@@ -293,7 +293,7 @@ class Calibration:
         inverse = self.inverse(table) if inverse is None else inverse
         found = {name: self._cosine(rows, name) >= self.radius for name in self.classes if name not in self.anchors}
         if self.anchors:
-            ids = torch.tensor([i for own in self.anchors.values() for i in own], dtype=torch.int64).to(rows.device)
+            ids = reference.ints([i for own in self.anchors.values() for i in own], rows.device)
             near = lens_rank(rows, table, ids, inverse=inverse) < self.top
             parts = near.split([len(own) for own in self.anchors.values()], 1)
             found |= {name: part.any(1) for name, part in zip(self.anchors, parts, strict=True)}
@@ -311,7 +311,7 @@ class Calibration:
         found = [self._cosine(rows, name) for name in classes if name in self.means]
         ids = [i for name in classes if name not in self.means for i in self.anchors.get(name, ())]
         if ids:
-            at = torch.tensor(ids, dtype=torch.int64).to(table.device)
+            at = reference.ints(ids, table.device)
             inverse = self.inverse(table) if inverse is None else inverse
             # The reciprocal norm says which rows are words; the cosine is to nothing else.
             found += _cosines(rows, table[at].to(reference.wide(table)) * (inverse[at] > 0)[:, None]).unbind(1)
@@ -321,6 +321,6 @@ class Calibration:
 def _cosines(rows: Tensor, to: Tensor) -> Tensor:
     """Cosines of rows ``[T, D]`` to a few rows ``[A, D]`` in `reference.wide`, ``[T, A]`` fp32; a few rows at a time:
     near ties do not go by how a device rounds, and memory does not grow with the tokens."""
-    to = torch.nn.functional.normalize(to.to(rows.device), dim=1)
+    to = torch.nn.functional.normalize(to.to(rows.device, non_blocking=True), dim=1)
     found = [(torch.nn.functional.normalize(part.to(to.dtype), dim=1) @ to.T).float() for part in rows.split(256)]
     return torch.cat(found)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from abc import ABC, abstractmethod
@@ -139,7 +140,7 @@ class Family(ABC):
 
     # -- the prompt ---------------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def placeholders(self) -> dict[str, int]:
         """Token id of each modality's placeholder."""
         ids = {}
@@ -345,6 +346,7 @@ def joined(views: Sequence[ImageLayout], grid: tuple[int, int], thumbnail: int |
     )
 
 
+@functools.lru_cache(maxsize=256)  # nobody writes to a layout
 def single_view(rows: int, cols: int, extra: int = 0) -> ImageLayout:
     """Layout of one picture in one view; `extra` leading rows (a CLS token that is passed on) are separators."""
     n = rows * cols

@@ -92,7 +92,8 @@ class EmbedLensPruner(Pruner):
         table = self._table(tokens)
         rule, inverse = self._rule(tokens.checkpoint, table)
         columns = [i for i, name in enumerate(rule.classes) if name in self.names]
-        return rule.classify(tokens.features, table, inverse)[:, columns].any(1)
+        classes = rule.classify(tokens.features, table, inverse)
+        return classes.index_select(1, reference.ints(columns, classes.device)).any(1)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return self._score(tokens, self.member(tokens))

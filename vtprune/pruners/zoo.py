@@ -429,9 +429,15 @@ def normalise(scores: Tensor, lens: Sequence[int], noise: Tensor | float = 0.0) 
         mine = scores[rows]
         sound = mine.isfinite()
         low, high = mine.where(sound, torch.inf).amin(), mine.where(sound, -torch.inf).amax()
-        same = high - low <= 1e-6 * high + noise[rows].nanmedian()
+        same = high - low <= 1e-6 * high + _median(noise[rows])
         out[rows] = torch.where(same & sound, 1.0, (mine - low) / (high - low + 1e-8))
     return out
+
+
+def _median(values: Tensor) -> Tensor:
+    """The lower median ``[1]`` of what is not NaN; `torch.nanmedian` waits for the device."""
+    ranked = values.sort().values  # NaN comes last
+    return ranked[((~values.isnan()).sum(0, keepdim=True) - 1).clamp_min(0) // 2]
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
