@@ -233,6 +233,17 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
+def test_an_example_is_taken_by_a_click(page: Any) -> None:
+    before = page.get_by_label("Question", exact=True).input_value()
+    page.locator("#examples button.thumbnail-item, #examples .gallery-item").nth(1).click()
+    page.wait_for_function(
+        "before => document.querySelector('#question textarea, #question input').value !== before", arg=before
+    )
+    scene = scenes.draw("clutter", 12)
+    assert page.get_by_label("Question", exact=True).input_value() in scene.answers
+    assert ask(page)[0] and page.get_by_text("Known answer").is_visible()
+
+
 def test_what_is_refused_is_refused_in_words(browser: Any, server: Server, tmp_path: Path) -> None:
     # A page of its own: a picture that cannot be shown may be an error in the console.
     page = browser.new_context().new_page()

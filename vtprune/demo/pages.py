@@ -16,6 +16,10 @@ from .studio import Answer, right
 JPEG_QUALITY = 90
 
 
+class Markup(str):
+    """Text that is HTML already, and is not escaped again."""
+
+
 def picture(image: Image.Image, alt: str, sharp: bool = False) -> str:
     """A picture that lives in the page alone: there is no file of it, and so no address at which others could ask."""
     buffer = io.BytesIO()
@@ -79,9 +83,9 @@ def _card(title: str, answer: Answer | None, known: str | None) -> str:
     return f'<section><h3>{html.escape(title)}</h3><p class="vt-answer">{text} {mark}</p></section>'
 
 
-def verdict_mark(verdict: bool) -> str:
+def verdict_mark(verdict: bool) -> Markup:
     """Right or wrong, in a sign and a word."""
-    return '<span class="vt-right">✓ right</span>' if verdict else '<span class="vt-wrong">✗ wrong</span>'
+    return Markup('<span class="vt-right">✓ right</span>' if verdict else '<span class="vt-wrong">✗ wrong</span>')
 
 
 def _costs(dense: Answer | None, pruned: Answer | None) -> str:
@@ -102,10 +106,10 @@ def _costs(dense: Answer | None, pruned: Answer | None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """A table whose cells are text; a cell that begins with ``<span`` is taken as it is."""
+    """A table whose cells are text, or `Markup`."""
 
-    def cell(text: str, tag: str = "td") -> str:
-        return f"<{tag}>{text if text.startswith('<span') else html.escape(text)}</{tag}>"
+    def cell(text: str) -> str:
+        return f"<td>{text if isinstance(text, Markup) else html.escape(text)}</td>"
 
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
     body = "".join(
