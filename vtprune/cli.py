@@ -280,6 +280,8 @@ def evaluate(
             raise ConfigError(f"--out {out} is a file of one model's answers; name a folder for a board")
         _evaluate_to_file(models[0], named, chosen, keeps, out, split, count, seed, batch or 25, device, dtype, table)
         return
+    if table is not None:
+        raise ConfigError(f"--table {table} is for answers in a file; a board has its tables in its folder")
     from .eval.sweep import Request
 
     settings: dict[str, Any] = {"split": split, "count": count, "per_kind": per_kind, "seed": seed, "batch": batch}
@@ -534,7 +536,10 @@ def _print_overall(rows: list[dict[str, Any]]) -> None:
         for row in (row for row in rows if row["model"] == model):
             inner = f"{_percent(row['relative'])} [{_percent(row['relative_low'])}, {_percent(row['relative_high'])}]"
             shares = [_percent(row[key]) for key in ("hard", "ttft", "peak")]
-            table.add_row(row["method"], row["keep"], _percent(row["tokens"]), _percent(row["score"]), inner, *shares)
+            few = "" if row["tasks"] == row["of"] else f" ({row['tasks']:g} of {row['of']:g} tasks)"
+            table.add_row(
+                row["method"] + few, row["keep"], _percent(row["tokens"]), _percent(row["score"]), inner, *shares
+            )
         console.print(Text(f"{model}, mean over {int(rows[0]['of'])} tasks", style="bold"))
         console.print(table)
 
