@@ -281,4 +281,4 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--out is missing" in capsys.readouterr().err
     assert cli.main(["eval", "pocketvqa/basic", "--out", str(tmp_path / "x"), "--table", "t.csv"]) == 2
     assert "a board has its tables" in capsys.readouterr().err
-    assert cli._split(["a,b x=[1,2]", 'c d="1,2"', ""]) == ["a", "b x=[1,2]", 'c d="1,2"']
+    assert cli.evaluate.listed(["a,b x=[1,2]", 'c d="1,2"', ""]) == ["a", "b x=[1,2]", 'c d="1,2"']
