@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def open_image(path: Path) -> Image.Image:
         raise InputError(f"{path} is a folder, not an image; {cure}") from None
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a picture that Pillow can read; {cure}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read the image {path} ({one_line(error)}); save it again, or {cure}") from None
 
 
