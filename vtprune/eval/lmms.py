@@ -61,7 +61,7 @@ def messages_of(chat: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
             elif part["type"] == "image":
                 content.append({"type": "image", "image": part["url"].convert("RGB")})
             elif part["type"] == "video" and isinstance(part["url"], str | os.PathLike):
-                clip = video.read(part["url"], fps=FPS, frames=FRAMES)
+                clip = video.read(Path(part["url"]), fps=FPS, frames=FRAMES)
                 content.append({"type": "video", "video": list(clip.frames), "fps": clip.fps})
             else:
                 raise InputError(f"lmms-eval tasks with {part['type']} are not read; choose one with pictures or clips")
