@@ -46,7 +46,7 @@ def task(shots: int) -> tasks.Task:
 
     def examples(split: str, count: int, seed: int) -> Iterator[tasks.Example]:
         for index in range(count):
-            whole = tasks._pocket_example(name, icl(split, index, seed, max(1, shots)))
+            whole = tasks._pocket_example(name, icl(split, index, seed, max(1, shots))).ready()
             yield whole if shots else replace(whole, messages=whole.messages[-1:])
 
     return tasks.Task(name, examples)

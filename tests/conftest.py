@@ -16,6 +16,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFile
 
 # Before any kernel is defined: without a GPU, Triton kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -108,6 +109,7 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # some libraries still draw from the global generator
     torch.manual_seed(0)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval turns it on for the whole process
 
 
 @pytest.fixture

@@ -144,7 +144,9 @@ def test_a_class_is_compared_with_its_controls(monkeypatch: pytest.MonkeyPatch) 
 
     def answered(_bench: lens.Bench, methods: list[str], keep: str) -> list[dict[str, Any]]:
         def right(method: str) -> int:
-            return 3 if "mode=drop" in method else 2 if "mode=control" in method else 1 if keep == "100t" else 4
+            return (
+                3 if "mode=drop" in method else 2 if "mode=control" in method else 1 if "mode=random" in method else 4
+            )
 
         about = [{"id": str(i), "kind": "count", "tokens_out": 100} for i in range(4)]
         return [{**row, "method": m, "correct": i < right(m)} for m in methods for i, row in enumerate(about)]

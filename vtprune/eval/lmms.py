@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import ImageFile
+
 from .. import video
 from ..errors import ConfigError, InputError
 from .tasks import Example, Message, Task, drawn, get
@@ -70,6 +72,7 @@ def messages_of(chat: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
 
 
 def _library(name: str) -> Any:
+    strict = ImageFile.LOAD_TRUNCATED_IMAGES
     try:
         import lmms_eval.tasks
     except ImportError as error:
@@ -77,6 +80,8 @@ def _library(name: str) -> Any:
             f"{name} needs lmms-eval, which cannot be imported ({error}); pip install lmms-eval, or see "
             "docs/evaluation.md for a small installation"
         ) from None
+    finally:  # its import makes Pillow read pictures that are cut off, in grey; here they count as broken
+        ImageFile.LOAD_TRUNCATED_IMAGES = strict
     return lmms_eval.tasks
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..budget import allocation, fill
+from ..kernels import reference
 from ..registry import Pruner, register
 from ..tokens import VisualTokens
 from . import common
@@ -44,7 +45,7 @@ class EVSPruner(Pruner):
     def score(self, tokens: VisualTokens) -> Tensor:
         with common.exact(tokens):
             change, known = changes(tokens)
-            row, col = tokens.coords[:, 1].double(), tokens.coords[:, 2].double()
+            row, col = tokens.coords[:, 1:].to(reference.wide(tokens.coords)).unbind(1)
             spread = (row * _SPREAD[0] + col * _SPREAD[1]).frac().float()
             return torch.where(known | change.isnan(), change, 3.0 + spread)
 
