@@ -20,17 +20,13 @@ class Markup(str):
     """Text that is HTML already, and is not escaped again."""
 
 
-def picture(image: Image.Image, alt: str, sharp: bool = False) -> str:
+def picture(image: Image.Image, alt: str) -> str:
     """A picture that lives in the page alone: there is no file of it, and so no address at which others could ask."""
     buffer = io.BytesIO()
-    if sharp:
-        image.save(buffer, "PNG")
-    else:
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    kind = "png" if sharp else "jpeg"
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     data = base64.b64encode(buffer.getvalue()).decode()
     size = f'width="{image.width}" height="{image.height}"'
-    return f'<img class="vt-picture" {size} alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
+    return f'<img class="vt-picture" {size} alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
 
 
 def described(report: ImageReport, method: str) -> str:
