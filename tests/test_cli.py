@@ -351,7 +351,7 @@ def test_mistakes_are_one_line(name: str, traps: dict[str, str], capsys: pytest.
 
 
 def test_a_mistake_in_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch, picture: str) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: 1 / 0)
+    monkeypatch.setattr(cli.common, "load", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ask(picture, "what ?")
 
@@ -372,7 +372,7 @@ def test_the_picture_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     exif[0x0112] = 6  # rotate by a quarter
     path = tmp_path / "photo.jpg"
     Image.new("RGB", (80, 40)).save(path, exif=exif)
-    assert cli._open_image(path).size == (40, 80)
+    assert cli.common.open_image(path).size == (40, 80)
 
 
 def test_timing_counts_milliseconds() -> None:

@@ -103,6 +103,39 @@ def test_what_is_refused(clip: Path, tmp_path: Path, backend: str) -> None:
         video.read(cut, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_names_other_files_opens_none_of_them(tmp_path: Path, backend: str) -> None:
+    """FFmpeg would read playlists, and so whatever file of this machine they name."""
+    video.write(tmp_path / "secret.ts", numbered(8), 4)
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2.0,\n{tmp_path}/secret.ts\n#EXT-X-ENDLIST\n"
+    for name, text in (
+        ("list.m3u8", playlist),
+        ("list.mp4", playlist),
+        ("list.mp4", "ffconcat version 1.0\nfile secret.ts\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match="no video file begins like this"):
+            video.read(tmp_path / name, backend=backend)
+
+
+def test_containers(tmp_path: Path) -> None:
+    for suffix in ("mp4", "mov", "avi", "mkv", "ts", "flv", "mpg"):
+        path = tmp_path / f"clip.{suffix}"
+        video.write(path, numbered(24), 24, "mpeg1video" if suffix == "mpg" else "libx264")
+        assert len(video.read(path, backend="av")) == 2, suffix
+
+
+def test_frames_that_grow_after_the_header(tmp_path: Path) -> None:
+    for name, size in (("small", (96, 64)), ("large", (384, 256))):
+        video.write(tmp_path / f"{name}.ts", numbered(8, size), 4)
+    path = tmp_path / "grows.ts"
+    path.write_bytes(b"".join((tmp_path / f"{name}.ts").read_bytes() for name in ("small", "large")))
+    with pytest.raises(InputError, match="change in size"):
+        video.read(path, backend="av")
+    with pytest.raises(InputError, match="not a video that can be read"):  # decoded no further
+        video.read(path, max_pixels=10_000, backend="av")
+
+
 def test_without_a_backend(monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
     monkeypatch.setattr(video, "backends", lambda: ["decord"])
     with pytest.raises(ConfigError, match="needs av; pip install"):

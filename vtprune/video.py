@@ -8,6 +8,7 @@ is no trap. What is wrong with a file is one `InputError` that says so, whicheve
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,13 @@ from .errors import ConfigError, InputError
 BACKENDS = ("av", "decord")
 #: A file says how long it is, and may lie: no more frames than this are decoded, whatever it says.
 MOST_DECODED = 60 * 120
+#: How files of one container each begin: MP4 and MOV; Matroska and WebM; AVI; MPEG-TS, also with time codes; MPEG-PS;
+#: FLV; Ogg; GIF. FFmpeg opens playlists, too (HLS, concat, DASH), and then whatever files of this machine they name.
+_CONTAINERS = re.compile(
+    rb"....(?:ftyp|moov|mdat|wide|free|skip|pnot)|\x1aE\xdf\xa3|RIFF....AVI "
+    rb"|G.{187}G|.{4}G.{191}G|\x00\x00\x01\xba|FLV\x01|OggS|GIF8",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def read(
     Parameters
     ----------
     path
-        A file that FFmpeg can read.
+        An MP4, MOV, WebM, Matroska, AVI, MPEG, FLV, Ogg or GIF file.
     fps
         How many frames of each second.
     frames
@@ -103,6 +111,9 @@ def read(
         raise ConfigError(f"fps={fps} and frames={frames} must be larger than 0")
     if not Path(path).is_file():
         raise InputError(f"there is no video {path}; give the path of an MP4, WebM or MOV file")
+    with Path(path).open("rb") as file:
+        if not _CONTAINERS.match(file.read(256)):
+            raise InputError(_unreadable(str(path), "no video file begins like this"))
     chosen = backend or installed[0]
     reader = _Av if chosen == "av" else _Decord
     limits = _Limits(max_seconds, max_pixels)
@@ -116,7 +127,11 @@ def read(
     # Each wanted moment shows the last frame that began before it; a hair later, because times are rounded.
     wanted = stamps[0] + np.arange(count) * max(seconds / count, 0.0) + 1e-4
     index = np.clip(np.searchsorted(stamps, wanted, side="right") - 1, 0, None)
-    pictures = {i: _fitted(pixels, side) for i, pixels in reader.pixels(str(path), sorted(set(index.tolist())))}
+    pictures, size = {}, None
+    for i, pixels in reader.pixels(str(path), sorted(set(index.tolist())), limits):
+        if pixels.shape != (size or pixels.shape):
+            raise InputError(f"the frames of {Path(path).name} change in size; save it again at one size")
+        size, pictures[i] = pixels.shape, _fitted(pixels, side)
     missing = [i for i in index.tolist() if i not in pictures]
     if missing:
         raise InputError(f"{Path(path).name} is damaged at frame {missing[0]}; save it again, or give another video")
@@ -196,7 +211,7 @@ class _Av:
         return sorted(found)
 
     @staticmethod
-    def pixels(path: str, index: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def pixels(path: str, index: list[int], limits: _Limits) -> Iterator[tuple[int, np.ndarray]]:
         """Wanted frames ``[h, w, 3]`` uint8 with their numbers."""
         import av
 
@@ -204,6 +219,8 @@ class _Av:
         with _reading(path), av.open(path) as container:
             stream = _stream_of(container, path)
             stream.thread_type = "AUTO"
+            if limits.pixels is not None:  # frames may grow after the header said how large they are
+                stream.codec_context.options = {"max_pixels": str(limits.pixels)}
             for number, frame in enumerate(container.decode(stream)):
                 if number in wanted:
                     yield number, frame.to_ndarray(format="rgb24")
@@ -222,12 +239,16 @@ class _Decord:
         limits.check_length(len(video) / max(video.get_avg_fps(), 1e-6))
         if not len(video):
             return []
-        height, width, _ = video[0].shape
+        try:
+            height, width, _ = video[0].shape
+            stamps = video.get_frame_timestamp(list(range(len(video))))[:, 0].astype(float).tolist()
+        except Exception as error:  # decord's own
+            raise InputError(_unreadable(path, error)) from None
         limits.check_size(width, height)
-        return video.get_frame_timestamp(list(range(len(video))))[:, 0].astype(float).tolist()
+        return stamps
 
     @staticmethod
-    def pixels(path: str, index: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def pixels(path: str, index: list[int], _limits: _Limits) -> Iterator[tuple[int, np.ndarray]]:
         video = _Decord._open(path)
         try:
             for number in index:
@@ -267,7 +288,7 @@ def _stream_of(container: Any, path: str) -> Any:
     return container.streams.video[0]
 
 
-def _unreadable(path: str, error: BaseException) -> str:
+def _unreadable(path: str, error: BaseException | str) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return f"{Path(path).name} is not a video that can be read ({reason}); give an MP4, WebM or MOV file"
 

@@ -233,6 +233,19 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
+def test_an_example_is_taken_by_a_click(page: Any) -> None:
+    scene = scenes.draw("clutter", 12)
+    question = page.get_by_label("Question", exact=True)
+    assert question.input_value() not in scene.answers
+    page.locator("#examples button").nth(1).click()
+    for _ in range(300):
+        if question.input_value() in scene.answers:
+            break
+        page.wait_for_timeout(100)
+    assert question.input_value() in scene.answers
+    assert ask(page)[0] and page.get_by_text("Known answer").is_visible()
+
+
 def test_what_is_refused_is_refused_in_words(browser: Any, server: Server, tmp_path: Path) -> None:
     # A page of its own: a picture that cannot be shown may be an error in the console.
     page = browser.new_context().new_page()

@@ -34,9 +34,21 @@ def cut() -> bytes:
     return buffer.getvalue()[: buffer.tell() // 2]
 
 
+def torn_exif() -> bytes:
+    """A JPEG that is to be turned, beside a description that is said to be no text."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "x" * 40
+    data = bytearray(exif.tobytes())
+    data[17] = 0
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "JPEG", exif=bytes(data))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        (torn_exif(), "damaged"),
         (png(8_000, 8_000), r"8000 x 8000 pixels, and 50 million is the limit"),
         (png(40_000, 40_000), "far too many pixels"),
         (cut(), "damaged"),

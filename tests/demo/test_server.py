@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vtprune.demo import scenes
+from vtprune.demo import pages, scenes
 from vtprune.demo.serve import parse_auth
 from vtprune.errors import ConfigError
 
@@ -119,6 +120,72 @@ def test_files_that_were_not_uploaded_are_not_opened(server: Server, tmp_path: P
         assert not said["success"] and "iframe" not in str(said), path
         clip = raw(server, "ask_video", [None, picture, "what ?", "norm", KEEP])
         assert not clip["success"], path
+
+
+def test_addresses_are_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio would fetch one that stands in the place of an upload, of any size."""
+    import gradio
+
+    from vtprune.demo.app import App
+    from vtprune.demo.studio import Studio
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    blocks = App(Studio()).build().blocks.values()
+    assert len(blocks) > 30
+    for block in blocks:
+        with pytest.raises(gradio.Error, match="upload the file"):
+            asyncio.run(block.async_move_resource_to_block_cache("https://example.org/a.png"))
+
+
+def test_what_models_say_is_escaped() -> None:
+    shown = pages.table(["a", "b"], [["<b>", "<span onclick=x>"], ["r", pages.verdict_mark(True)]], "<i>")
+    assert "<span onclick" not in shown and "<b>" not in shown and "<i>" not in shown
+    assert '<td><span class="vt-right">' in shown
+
+
+def test_a_video_with_the_name_of_the_example_is_not_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtprune import video
+    from vtprune.demo.app import App
+    from vtprune.demo.studio import Studio
+
+    pytest.importorskip("av")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    app = App(Studio())
+    asked: list[str | None] = []
+    monkeypatch.setattr(app.studio, "look", lambda *_: None)
+    monkeypatch.setattr(app.studio, "video_model", lambda: "")
+    monkeypatch.setattr(app, "_answers", lambda look, method, keep, known: asked.append(known) or iter(()))
+    (question, answer), *_ = app.clip.answers.items()
+    video.write(tmp_path / app.clip_path.name, app.clip.frames[::-1], 2.0)
+    for path in (app.clip_path, tmp_path / app.clip_path.name):
+        list(app.ask_clip(None, str(path), question, "norm", 25))
+    assert asked == [answer, None]
+
+
+def test_boards_are_read(tmp_path: Path) -> None:
+    from vtprune.demo import board
+
+    head = "model,task,kind,method,keep,questions,tokens_in,tokens_out,score,low,high,minus_dense,ttft_ms"
+    rows = [
+        "m,t,mean,dense,1,9,576,576,0.9,0.8,1,0,20",
+        "m,t,a,dense,1,9,576,576,0.5,,,,",
+        "m,t,mean,prior,0,9,576,0,0.2,,,,",
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "board.csv").write_text("\n".join([head, *rows]) + "\n")
+    (tmp_path / "run" / "overall.csv").write_text("model,method,keep,score\nm,dense,1,0.9\n")
+    found = board.read(tmp_path)
+    assert list(found) == ["run/board.csv"] and list(board.read(tmp_path / "run")) == ["board.csv"]
+    first, second = found["run/board.csv"]
+    assert (first.asked, first.method, first.tokens, first.accuracy, first.low, first.ms) == (
+        "m t",
+        "dense",
+        576,
+        0.9,
+        0.8,
+        20,
+    )
+    assert (second.method, second.accuracy, second.low) == ("prior", 0.2, None)
 
 
 def test_what_users_write_is_escaped(server: Server, tmp_path: Path) -> None:

@@ -145,21 +145,53 @@ def test_diff(tmp_path: Path) -> None:
 def test_advice(tmp_path: Path) -> None:
     make(tmp_path)
     table, _ = board.write([tmp_path], tmp_path, draws=500)
-    mean = next(row for row in board.advise(table, 0.02) if row["kind"] == "mean")
+    mean = next(row for row in board.advise(table, 0.05) if row["kind"] == "mean")
     assert (mean["method"], mean["keep"]) == ("good", "1/4")
     without = [row for row in table if row["method"] != "good"]
-    by_kind = {row["kind"]: row for row in board.advise(without, 0.05)}
+    by_kind = {row["kind"]: row for row in board.advise(without, 0.08)}
     assert (by_kind["mean"]["method"], by_kind["mean"]["keep"]) == ("norm", "1/2")
     assert by_kind["a"]["keep"] == "1/4"  # `norm` loses nothing of this kind
     assert {row["kind"]: row["method"] for row in board.advise(without, 0.001)}["b"] is None
+    # Not one answer of `good` is lost, but 100 questions cannot tell a loss of two points from none: with it, all of
+    # them would come out right in more than one run of forty.
+    assert mean["minus_dense"] == 0 and mean["minus_dense_low"] == pytest.approx(-0.0362, abs=1e-4)
+    assert (1 - 0.02) ** 100 > 0.025 > (1 - 0.0365) ** 100
+    assert {row["method"] for row in board.advise(table, 0.02)} == {None}
+    with pytest.raises(ConfigError, match="a loss of 2 is no share"):
+        board.advise(table, 2)
+
+
+def test_a_run_that_was_cut_short_is_no_board(tmp_path: Path) -> None:
+    """Whoever was killed between two batches has answered the same questions under all methods."""
+    make(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps({"models": {"m": {"t": {"questions": 100}}}}))
+    assert len(board.gather([tmp_path])["m"]["t"].ids) == 100
+    (tmp_path / "plan.json").write_text(json.dumps({"models": {"m": {"t": {"questions": 120}}}}))
+    with pytest.raises(InputError, match="20 of 120 questions have not been asked yet"):
+        board.gather([tmp_path])
+    assert len(board.gather([tmp_path], partial=True)["m"]["t"].ids) == 100
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(InputError, match="cannot read the plan"):
+        board.gather([tmp_path])
+
+
+def test_a_mean_over_fewer_tasks_is_marked(tmp_path: Path) -> None:
+    make(tmp_path)
+    make(tmp_path, {key: right for key, right in RIGHT.items() if key[0] != "good"}, task="u")
+    board.write([tmp_path], tmp_path, draws=50)
+    text = page.draw(tmp_path).read_text(encoding="utf-8")
+    assert "good (1 of 2 tasks)" in text and "norm (1 of" not in text
+    (_, charts), *_ = page.charts_of("m", *(board.from_csv(tmp_path / f"{name}.csv") for name in ("board", "overall")))
+    assert {"norm", "dense"} <= {mark.method for mark in charts[0]} and "good" not in {m.method for m in charts[0]}
 
 
 def test_tasks_of_pocket_models_are_those_of_their_training() -> None:
     from vtprune.eval.sweep import EXAMS
     from vtprune.models.pocket.train import EXAMS as TRAINED
 
-    # No model has learnt `icl`.
-    assert {name: tuple(w for w in worlds if w != "icl") for name, worlds in TRAINED.items()} == EXAMS
+    # `icl` has been learnt by one of them alone.
+    learnt = {name: [w for w in worlds if w != "icl" or "qwen" in name] for name, worlds in TRAINED.items()}
+    assert learnt == {name: list(worlds) for name, worlds in EXAMS.items()}
 
 
 def test_pareto() -> None:
@@ -236,7 +268,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (first / "index.html").is_file() and (first / "board.png").is_file()
     assert cli.main(["board", str(first), str(second), "--diff"]) == 0
     assert "+25.0" in capsys.readouterr().out
-    assert cli.main(["board", str(first), "--advise", "0.02"]) == 0
+    assert cli.main(["board", str(first), "--advise", "2"]) == 2
+    assert "0.02 for two points" in capsys.readouterr().err
+    assert cli.main(["board", str(first), "--advise", "0.08"]) == 0
     assert "25 of 100" in capsys.readouterr().out
     assert cli.main(["board", str(first), str(second)]) == 2
     assert "cannot be merged" in capsys.readouterr().err
@@ -245,4 +279,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert papers.NOT_RUN in capsys.readouterr().out
     assert cli.main(["eval", "--task", "pocketvqa/basic"]) == 2
     assert "--out is missing" in capsys.readouterr().err
-    assert cli._split(["a,b x=[1,2]", 'c d="1,2"', ""]) == ["a", "b x=[1,2]", 'c d="1,2"']
+    assert cli.main(["eval", "pocketvqa/basic", "--out", str(tmp_path / "x"), "--table", "t.csv"]) == 2
+    assert "a board has its tables" in capsys.readouterr().err
+    assert cli.evaluate.listed(["a,b x=[1,2]", 'c d="1,2"', ""]) == ["a", "b x=[1,2]", 'c d="1,2"']

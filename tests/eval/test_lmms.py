@@ -113,3 +113,22 @@ def test_mistakes(folder: Path, tmp_path: Path) -> None:
 def test_stop_words() -> None:
     assert lmms.stopper(["ASSISTANT:", "\n\n"])(" red\n\nASSISTANT: no") == "red"
     assert lmms.stopper([])(" red ") == "red"
+
+
+def test_clips_are_read(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from vtprune import video
+
+    pytest.importorskip("av")
+    shades = [Image.new("RGB", (64, 48), (40 * i, 40 * i, 40 * i)) for i in range(6)]
+    video.write(tmp_path / "clip.mp4", shades, fps=2)
+    parts = [{"type": "video", "url": str(tmp_path / "clip.mp4")}, {"type": "text", "text": "what ?"}]
+    (message,) = lmms.messages_of([{"role": "user", "content": parts}])
+    clip, text = message["content"]
+    assert clip["type"] == "video" and clip["fps"] == pytest.approx(2) and text["text"] == "what ?"
+    for frame, shade in zip(clip["video"], shades, strict=True):
+        assert abs(frame.getpixel((5, 5))[0] - shade.getpixel((5, 5))[0]) < 8
+    for part in ({"type": "video", "url": str(tmp_path / "none.mp4")}, {"type": "audio", "url": "a.wav"}):
+        with pytest.raises(InputError):
+            lmms.messages_of([{"role": "user", "content": [part]}])

@@ -149,6 +149,46 @@ def test_two_processes_of_accelerate(whole: Path, tmp_path: Path) -> None:
     assert (folder / "board.csv").read_bytes() == (whole / "board.csv").read_bytes()
 
 
+def test_a_killed_parent_ends_its_workers(tmp_path: Path) -> None:
+    """Else they would go on beside the next run, into the same files."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from vtprune.eval import sweep\n"
+        "if __name__ == '__main__':\n"
+        "    child = multiprocessing.get_context('spawn').Process(target=sweep._end_with_parent, daemon=True)\n"
+        "    child.start()\n"
+        "    print(child.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = Path(f"/proc/{int(parent.stdout.readline())}")
+    if not child.exists():
+        parent.kill()
+        pytest.skip("only Linux tells of processes in /proc")
+    time.sleep(1)
+    assert child.exists()
+    parent.kill()
+    parent.wait()
+    for _ in range(600):
+        # One that has ended may wait for init to take note of it.
+        if not child.exists() or "State:\tZ" in (child / "status").read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the worker lives on")
+
+
+def test_a_file_is_written_by_one(pocket: Pocket, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    out = tmp_path / "rows.jsonl"
+    with out.open("a", encoding="utf-8") as other:
+        runner.lock(other, out)
+        with pytest.raises(ConfigError, match="another process is writing to"):
+            runner.run(*pocket, ["pocketvqa/basic"], ["dense"], [], out, count=1, batch=1)
+    assert len(runner.run(*pocket, ["pocketvqa/basic"], ["dense"], [], out, count=1, batch=1)) == 1
+
+
 def test_shards_share_the_batches(pocket: Pocket, tmp_path: Path, whole: Path) -> None:
     task, found = get("pocketvqa/basic"), []
     for i in range(3):

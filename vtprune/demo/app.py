@@ -7,10 +7,12 @@ results are in the page itself, so the server keeps no file of them.
 
 from __future__ import annotations
 
+import filecmp
 import functools
 import html
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +67,18 @@ def plain_video(**settings: Any) -> Any:
     component.preprocess = lambda payload: None if payload is None else payload.path
     component.postprocess = lambda value: None if value is None else FileData(path=value, orig_name=Path(value).name)
     return component
+
+
+def uploads_alone(block: Any) -> None:
+    """Let the browser hand over what it has uploaded, and no address: Gradio would fetch it, without our limits."""
+    move = block.async_move_resource_to_block_cache
+
+    async def moved(path: Any) -> Any:
+        if re.match(r"\w+://", str(path)):
+            raise gr.Error("addresses are not fetched here; upload the file", print_exception=False)
+        return await move(path)
+
+    block.async_move_resource_to_block_cache = moved
 
 
 def shown_errors(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,6 +177,11 @@ class App:
             gr.update(choices=worlds, value=worlds[0]),
             f'<p id="ready" class="vt-hint" role="status">{html.escape(name)} is ready; {len(methods)} methods</p>',
         )
+
+    def narrow_clip(self, method: str) -> Any:
+        """Methods of the model that takes clips."""
+        methods = list(self.studio.load(self.studio.video_model()).methods)
+        return gr.update(choices=methods, value=method if method in methods else methods[0])
 
     def _look(self, picture: Image.Image | None, question: str, model: str) -> Look:
         if picture is None:
@@ -276,10 +295,9 @@ class App:
             if report is not None:
                 reports[name] = report
             rows.append([name, answer.text, *self._verdicts(look, others, config, answer, answers), *_costs(answer)])
-            caption = f"{look.question} Each method keeps {percent:.0f}%."
-            yield "", pages.table(header, rows, caption), ""
+            table = pages.table(header, rows, f"{look.question} Each method keeps {percent:.0f}%.")
+            yield "", table, ""
         alt = "; ".join(pages.described(report, name) for name, report in reports.items())
-        table = pages.table(header, rows, f"{look.question} Each method keeps {percent:.0f}%.")
         yield pages.picture(viz.compare(look.shown[0], reports), alt), table, self._orders(look, reports)
 
     def _verdicts(
@@ -325,7 +343,7 @@ class App:
             raise ConfigError("there is no video yet; upload one, or take the example")
         question = guard.question(question)
         clip = guard.clip(path, fps=FPS, frames=FRAMES, side=FRAME_SIDE, backend=self.video_backend)
-        is_example = Path(path).name == self.clip_path.name
+        is_example = self.clip_path.exists() and filecmp.cmp(path, self.clip_path, shallow=False)
         known = self.clip.answers.get(question) if is_example else None
         self.studio.forget(key)
         look = self.studio.look(self.studio.video_model(), clip.frames, question, clip.times, clip.fps)
@@ -404,6 +422,13 @@ class App:
                 **MODEL_QUEUE,
             )
             self._wire_video(clip_key, played)
+            tabs["video"].select(
+                shown_errors(self.narrow_clip),
+                played["method"],
+                played["method"],
+                show_progress="hidden",
+                api_visibility="private",
+            )
             # The model may still be loading: the page narrows its choices when it is there.
             page.load(
                 shown_errors(self.narrow),
@@ -412,6 +437,8 @@ class App:
                 api_visibility="private",
                 show_progress="hidden",
             )
+        for block in page.blocks.values():
+            uploads_alone(block)
         return page
 
     def _inputs(self) -> dict[str, Any]:
@@ -561,6 +588,9 @@ class App:
     ) -> None:
         picture, question, known = given["picture"], given["question"], given["known"]
         given["make"].click(shown_errors(self.make_scene), given["world"], [picture, scene], api_name="make_scene")
+        given["examples"].select(
+            shown_errors(self.take_example), None, picture, show_progress="hidden", api_visibility="private"
+        )
         picture.change(
             self.scene_changed,
             [picture, scene, question],

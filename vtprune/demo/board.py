@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results in a folder, as rows that can be plotted: what `vtprune eval` and the scripts in ``benchmarks/`` write."""
+"""Results in a folder, as rows that can be plotted: boards, and tables of `vtprune eval` and of ``benchmarks/``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Result:
     accuracy, low, high
         Share of right answers and its 95% interval, where the file has one.
     ms
-        Time of the prefill or of the whole forward, where the file has one.
+        Time to the first token or of the prefill, where the file has one.
     """
 
     file: str
@@ -50,9 +50,11 @@ class Result:
 
 
 def read(folder: str | Path) -> dict[str, list[Result]]:
-    """Results by the name of their file; files that hold none are passed over."""
+    """Results by the name of their file, those of boards in the folder included; files that hold none are passed
+    over."""
     found: dict[str, list[Result]] = {}
-    for path in sorted(Path(folder).glob("*")):
+    folder = Path(folder)
+    for path in [*sorted(folder.glob("*")), *sorted(folder.glob("*/board.csv"))]:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             continue
         try:
@@ -60,7 +62,7 @@ def read(folder: str | Path) -> dict[str, list[Result]]:
         except (VTPruneError, OSError, ValueError, KeyError, csv.Error):
             continue
         if results:
-            found[path.name] = results
+            found[str(path.relative_to(folder))] = results
     return found
 
 
@@ -78,10 +80,12 @@ def _jsonl(path: Path) -> list[Result]:
 
 
 def _result(file: str, row: dict[str, Any]) -> Result | None:
-    """A row of either kind of table: tokens or tokens_out, accuracy or mean."""
-    tokens, accuracy = (
-        _number(row.get(new, row.get(old))) for new, old in (("tokens_out", "tokens"), ("accuracy", "mean"))
-    )
+    """A row of any of our tables, which do not call everything by the same name."""
+
+    def first(*names: str) -> float | None:
+        return next((value for name in names if (value := _number(row.get(name))) is not None), None)
+
+    tokens, accuracy = first("tokens_out", "tokens"), first("accuracy", "mean", "score")
     if not row.get("method") or tokens is None or accuracy is None:
         return None
     if row.get("kind") not in (None, "", "all", "mean"):  # a row per kind of question: the mean is there, too
@@ -99,7 +103,7 @@ def _result(file: str, row: dict[str, Any]) -> Result | None:
         accuracy,
         low,
         high,
-        _number(row.get("prefill_ms")),
+        first("ttft_ms", "prefill_ms"),
     )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def picture(path: str | Path) -> Image.Image:
         raise InputError(f"this is not a picture that can be read here; {cure}") from None
     except Image.DecompressionBombError:
         raise InputError("the picture unfolds to far too many pixels; make it smaller") from None
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+    except (OSError, SyntaxError, ValueError, MemoryError, struct.error) as error:  # the last of its EXIF data
         raise InputError(f"the picture is damaged ({' '.join(str(error).split())[:120]}); {cure}") from None
     if max(opened.size) > KEPT_SIDE:
         opened.thumbnail((KEPT_SIDE, KEPT_SIDE), Image.Resampling.BICUBIC)

@@ -81,6 +81,7 @@ class _Gathering:
 
     def __init__(self, where: str) -> None:
         self.where = where
+        self.asked = 0  # questions of the plan, where there is one
         self.headers: list[Row] = []
         self.rows: dict[Column, dict[str, Row]] = {}
 
@@ -101,6 +102,11 @@ class _Gathering:
     def finish(self, partial: bool) -> Answers:
         columns = sorted(self.rows, key=_rank)
         every = dict.fromkeys(name for column in self.rows.values() for name in column)
+        if len(every) < self.asked and not partial:
+            raise InputError(
+                f"{self.where}: {self.asked - len(every)} of {self.asked} questions have not been asked yet; run the "
+                "sweep to its end, or give --partial for those that all have answered"
+            )
         for method, keep in columns:
             missing = len(every) - len(self.rows[method, keep])
             if missing and not partial:
@@ -175,7 +181,7 @@ def gather(folders: Sequence[str | Path], partial: bool = False) -> dict[str, di
     """
     found: dict[str, dict[str, _Gathering]] = {}
     for folder in map(Path, folders):
-        files = answers_files(folder)
+        files, planned = answers_files(folder), _plan(folder).get("models", {})
         if not files:
             raise ConfigError(f"{folder} has no answers/*/*.jsonl, so it is no board; `vtprune eval --out` makes one")
         for file in files:
@@ -192,12 +198,24 @@ def gather(folders: Sequence[str | Path], partial: bool = False) -> dict[str, di
                                 f"{group.headers[0][key]!r}; they cannot stand in one table"
                             )
                     group.headers.append(header)
+                    entry = planned.get(header["model"], {}).get(asked["task"], {})
+                    group.asked = max(group.asked, entry.get("questions", 0))
             for row in rows:
                 found[headers[0]["model"]][row["task"]].add(row, file, own)
     return {
         model: {name: group.finish(partial) for name, group in sorted(tasks.items()) if group.rows}
         for model, tasks in sorted(found.items())
     }
+
+
+def _plan(folder: Path) -> Row:
+    """What a sweep set out to do, where the board still says so."""
+    file = folder / "plan.json"
+    try:
+        plan: Row = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the plan {file} ({error}); run the sweep again, or take it away") from None
+    return plan
 
 
 def costs_of(folders: Sequence[str | Path]) -> dict[tuple[str, str, str, str], Row]:
@@ -317,7 +335,9 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def advise(board: Sequence[Row], loss: float) -> list[Row]:
     """How far each kind of question may be pruned: per model, task and kind, the method and the smallest budget whose
-    loss against dense stays within `loss` at 95 %, at this budget and at all larger ones that were run.
+    loss against dense stays within `loss` at 95 %, at this budget and at all larger ones that were run. A loss that no
+    question showed may still be there: of n questions it is excluded from ``1 - 0.025 ** (1 / n)`` on, whatever the
+    bootstrap says, so few questions make nothing safe.
 
     Parameters
     ----------
@@ -329,13 +349,22 @@ def advise(board: Sequence[Row], loss: float) -> list[Row]:
     Returns
     -------
     list of dict
-        ``model, task, kind, method, keep, tokens_out, tokens_in, minus_dense, minus_dense_low``; method and keep are
-        None where no method is safe at any budget.
+        ``model, task, kind, method, keep, tokens_out, tokens_in, minus_dense, minus_dense_low``, the last no higher
+        than the questions can tell; method and keep are None where no method is safe at any budget.
+
+    Raises
+    ------
+    ConfigError
+        `loss` is no share.
     """
+    if not 0 <= loss < 1:
+        raise ConfigError(f"a loss of {loss:g} is no share of the questions; give for example 0.02 for two points")
     groups: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
     for row in board:
         if row["method"] not in REFERENCES and row.get("minus_dense_low") is not None:
             group = groups.setdefault((row["model"], row["task"], row["kind"]), {})
+            seen = -(1 - ((1 - stats.LEVEL) / 2) ** (1 / row["questions"]))
+            row = {**row, "minus_dense_low": min(row["minus_dense_low"], seen)}
             group.setdefault(row["method"], []).append(row)
     found = []
     for (model, task, kind), by_method in groups.items():
@@ -412,8 +441,7 @@ def about(answers: dict[str, dict[str, Answers]], folders: Sequence[str | Path])
     facts: Row = {key: ", ".join(dict.fromkeys(str(h[key]) for h in headers)) for key in known}
     facts["left_out"] = {}
     for folder in map(Path, folders):
-        if (folder / "plan.json").is_file():
-            facts["left_out"] |= json.loads((folder / "plan.json").read_text()).get("left_out", {})
+        facts["left_out"] |= _plan(folder).get("left_out", {})
     facts["broken"] = {
         f"{model} on {task}": found.broken for model, tasks in answers.items() for task, found in tasks.items()
         if found.broken

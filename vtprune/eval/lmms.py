@@ -13,6 +13,7 @@ a pruned model; that plug-in is `lmms_model`.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import ImageFile
 
+from .. import video
 from ..errors import ConfigError, InputError
 from .tasks import Example, Message, Task, drawn, get
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 PREFIX = "lmms:"
 #: Of tasks that do not say how long an answer may be; lmms-eval's own models take 1024.
 MAX_NEW_TOKENS = 1024
+#: Frames of a clip, at most, and how many of each second; lmms-eval leaves both to the model.
+FRAMES, FPS = 32, 2.0
 
 
 def manifest() -> ModelManifest:
@@ -40,12 +44,15 @@ def manifest() -> ModelManifest:
 
 
 def messages_of(chat: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
-    """A chat of lmms-eval (``{"type": "image", "url": picture}``) as transformers writes it.
+    """A chat of lmms-eval (``{"type": "image", "url": picture}``, ``{"type": "video", "url": path}``) as transformers
+    writes it; of a clip at most `FRAMES` frames, `FPS` a second.
 
     Raises
     ------
+    ConfigError
+        It has clips, and nothing that reads them is installed.
     InputError
-        It has clips or sounds, which are not read yet.
+        A clip cannot be read, or the chat has sounds.
     """
     messages = []
     for message in chat:
@@ -55,8 +62,11 @@ def messages_of(chat: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
                 content.append({"type": "text", "text": part["text"]})
             elif part["type"] == "image":
                 content.append({"type": "image", "image": part["url"].convert("RGB")})
+            elif part["type"] == "video" and isinstance(part["url"], str | os.PathLike):
+                clip = video.read(Path(part["url"]), fps=FPS, frames=FRAMES)
+                content.append({"type": "video", "video": list(clip.frames), "fps": clip.fps})
             else:
-                raise InputError(f"lmms-eval tasks with {part['type']} are not read yet; choose one with pictures")
+                raise InputError(f"lmms-eval tasks with {part['type']} are not read; choose one with pictures or clips")
         messages.append({"role": message["role"], "content": content})
     return tuple(messages)
 

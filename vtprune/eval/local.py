@@ -75,7 +75,11 @@ def _check(rows: Sequence[dict[str, Any]], columns: Sequence[str], file: Path) -
     """Refuse a file without these columns, or without rows."""
     if not rows:
         raise ConfigError(f"{file} has no questions")
+    if not isinstance(rows, list):
+        raise ConfigError(f"{file}: expected a list of questions, found a {type(rows).__name__}")
     for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{file}, question {number + 1}: expected an object, found {str(row)[:40]!r}")
         missing = [column for column in columns if column not in row]
         if missing:
             raise ConfigError(
@@ -189,6 +193,8 @@ def _pope(folder: Path) -> list[Example]:
 def _scienceqa(folder: Path) -> list[Example]:
     file = _the_file(folder, "problems.json")
     problems = _json(file)
+    if not isinstance(problems, dict) or not all(isinstance(row, dict) for row in problems.values()):
+        raise ConfigError(f"{file} should be one JSON object of problems by id")
     rows = [{**row, "id": name} for name, row in problems.items()]
     _check(rows, ("question", "choices", "answer"), file)
     found = []
@@ -248,7 +254,10 @@ def _mme(folder: Path) -> list[Example]:
     found = []
     for category in sorted(part for part in folder.iterdir() if part.is_dir()):
         for file in sorted(category.rglob("*.txt")):
-            lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"cannot read {file} ({error}); it should be text") from None
             if len(lines) != 2 or any(len(line) != 2 for line in lines):
                 raise ConfigError(f"{file} should have two lines of a question, a tab, and Yes or No; it has {lines}")
             for number, (question, answer) in enumerate(lines):

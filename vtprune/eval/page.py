@@ -315,7 +315,8 @@ def _overall_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: (row["method"] not in REFERENCES, -row["tokens"], -row["relative"])):
         inner = f"{_percent(row['relative_low'])} – {_percent(row['relative_high'])}"
-        cells = [_cell(None, row["method"]), _cell(None, row["keep"])]
+        few = "" if row["tasks"] == row["of"] else f" ({row['tasks']:g} of {row['of']:g} tasks)"
+        cells = [_cell(None, row["method"] + few), _cell(None, row["keep"])]
         for key in ("tokens", "score", "relative"):
             cells.append(_cell(row[key], _percent(row[key])))
         cells.append(_cell(row["relative_low"], inner))
@@ -361,7 +362,8 @@ def _task_table(rows: Sequence[Row]) -> str:
 
 def charts_of(model: str, board: Sequence[Row], overall: Sequence[Row]) -> list[tuple[str, list[list[Mark]]]]:
     """Charts of one model: over all tasks, then task by task; headings with what is under them."""
-    own = [row for row in overall if row["model"] == model]
+    # A mean over fewer tasks is no match for one over all of them.
+    own = [row for row in overall if row["model"] == model and row["tasks"] == row["of"]]
     pair = [
         chart(
             f"{model}, all tasks: score by tokens", own, "tokens", "relative", "of the visual tokens", "score, of dense"

@@ -464,7 +464,7 @@ def run(
     Raises
     ------
     ConfigError
-        Something cannot be used, or `out` was written with another model, device or version.
+        Something cannot be used, `out` was written with another model, device or version, or is being written to.
     InputError
         Two questions of a task have the same id, or one has no answer.
     """
@@ -485,9 +485,11 @@ def run(
         "methods": [*methods],
         "keeps": [*keeps],
     }
-    headers, rows = resume(out, header)
-    done = {(row["task"], row["method"], row["keep"], row["id"]) for row in [*rows, *elsewhere]}
+    check_place(out)
     with out.open("a", encoding="utf-8") as file:
+        lock(file, out)
+        headers, rows = resume(out, header)
+        done = {(row["task"], row["method"], row["keep"], row["id"]) for row in [*rows, *elsewhere]}
         if header not in headers:
             write(file, [header])
         for task in chosen:
@@ -581,12 +583,30 @@ def write(file: Any, rows: Sequence[Row]) -> None:
     file.flush()
 
 
-def resume(out: Path, header: Row, fixed: Sequence[str] = FIXED) -> tuple[list[Row], list[Row]]:
-    """What the file holds. A last line that was cut off is taken away."""
+def check_place(out: Path) -> None:
+    """Refuse a file that cannot be made."""
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; give a file for the results")
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist; create it first")
+
+
+def lock(file: Any, out: Path) -> None:
+    """Be the only one who appends to an open file, until it is closed: two would answer every question twice."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"another process is writing to {out}; wait for its end, or end it") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def resume(out: Path, header: Row, fixed: Sequence[str] = FIXED) -> tuple[list[Row], list[Row]]:
+    """What the file holds. A last line that was cut off is taken away."""
     if not out.exists():
         return [], []
     whole = out.read_bytes()

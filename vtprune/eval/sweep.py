@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import threading
 import time
 import traceback
 import warnings
@@ -39,11 +40,11 @@ from .tasks import Task, get
 
 #: On every board, whatever else is asked for. (``prior`` is added when tables are made; it needs no model.)
 ALWAYS = ("dense", "blank", "question-only", "downsample", "random", "grid", "pool")
-#: What the pocket models were trained for.
+#: What the pocket models have learnt.
 EXAMS = {
     "pocket-llava": ("basic", "extended", "clutter", "pair", "easy-vqa"),
     "pocket-llava-next": ("basic", "extended", "hires"),
-    "pocket-qwen2.5-vl": ("basic", "extended", "clutter", "hires", "pair", "video", "easy-vqa"),
+    "pocket-qwen2.5-vl": ("basic", "extended", "clutter", "hires", "pair", "icl", "video", "easy-vqa"),
 }
 #: Questions that are answered together, at most, and visual tokens of them on a CPU.
 MOST, CPU_TOKENS = 48, 12_000
@@ -276,8 +277,8 @@ def make_plan(request: Request, folder: Path, workers: int, say: Say) -> Row:
         timed: dict[tuple[int, ...], str] = {}
         for task in request.tasks_of(name):
             say(f"planning {name}: {task.name}")
-            drafts = (task.drafts or task.examples)(request.split_of(task), request.count_of(task), request.seed)
-            ready = (example.ready() for example in drafts)
+            draft = partial(task.drafts or task.examples, request.split_of(task), request.count_of(task), request.seed)
+            ready = (example.ready() for example in draft())
             whole = (example for example in ready if not example.broken)
             try:
                 first = list(itertools.islice(whole, cost.PROMPTS))
@@ -297,7 +298,8 @@ def make_plan(request: Request, folder: Path, workers: int, say: Say) -> Row:
             entry["keeps"] += [keep for keep in request.keeps if keep not in entry["keeps"]]
             if "batch" not in entry:
                 entry["batch"] = request.batch or find_batch(model, processor, first[0], workers)
-            entry.update(split=request.split_of(task), count=request.count_of(task))
+            # A set may have fewer questions than were asked for; tables are of all that it has.
+            entry.update(split=request.split_of(task), count=request.count_of(task), questions=sum(1 for _ in draft()))
             if request.costs:
                 _measure(model, processor, task, first, entry, folder, name, about, timed, say)
         del model, processor
@@ -321,7 +323,8 @@ def _measure(
     timed: dict[tuple[int, ...], str],
     say: Say,
 ) -> None:
-    """Append the costs that are not on the board yet. Tasks whose prompts have as many visual tokens share them."""
+    """Append the costs that are not on the board yet. Tasks whose prompts have as many visual tokens, and whose answers
+    may be as long, share them."""
     from ..api import encode
 
     file = folder / "costs" / f"{slug(name)}.jsonl"
@@ -331,7 +334,7 @@ def _measure(
     plans = runner.combinations(entry["methods"], entry["keeps"])
     inputs = [prepare(find_family(model), processor, [example]) for example in examples]
     visual = any(key in inputs[0] for key in PIXEL_KEYS)
-    shape = tuple(sum(encode(model, one).seqlens) if visual else 0 for one in inputs)
+    shape = (task.max_new_tokens, *(sum(encode(model, one).seqlens) if visual else 0 for one in inputs))
     like = timed.setdefault(shape, task.name)
     with file.open("a", encoding="utf-8") as out:
         if not headers:
@@ -375,7 +378,7 @@ def answer(
             settings |= {"seed": request.seed, "about": about, "elsewhere": beside, "until": until}
             settings |= {"shard": ((shard[0] - batches) % shard[1], shard[1]), "say": partial(_named, say, name)}
             runner.run(model, processor, [task], entry["methods"], entry["keeps"], own, tick=tick, **settings)
-            batches += -(-entry["count"] // entry["batch"])
+            batches += -(-entry["questions"] // entry["batch"])
         del model, processor
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -388,7 +391,7 @@ def _named(say: Say, name: str, text: str) -> None:
 def total(request: Request, plan: Row) -> int:
     """Answers on the whole board."""
     return sum(
-        entry["count"] * len(runner.combinations(entry["methods"], entry["keeps"]))
+        entry["questions"] * len(runner.combinations(entry["methods"], entry["keeps"]))
         for name in request.models
         for task, entry in plan["models"][name].items()
         if task in {t.name for t in request.tasks_of(name)}
@@ -468,13 +471,19 @@ def sweep(
     ]
     for process in started:
         process.start()
+    reasons: list[str] = []
     try:
         while any(process.is_alive() for process in started) or not counts.empty():
             try:
                 told = counts.get(timeout=0.5)
             except Exception:  # queue.Empty
                 continue
-            tick(told) if isinstance(told, int) else say(told)
+            if isinstance(told, int):
+                tick(told)
+            elif isinstance(told, str):
+                say(told)
+            else:
+                reasons += told
     except BaseException:
         for process in started:
             process.terminate()
@@ -482,8 +491,9 @@ def sweep(
     failed = [shard for shard, process in zip(shards, started, strict=True) if process.exitcode != 0]
     if failed:
         raise VTPruneError(
-            f"{len(failed)} of {workers} processes failed (number {', '.join(str(i) for i, _ in failed)}); what is "
-            "answered is kept, run the same command again"
+            f"{len(failed)} of {workers} processes failed (number {', '.join(str(i) for i, _ in failed)}): "
+            f"{'; '.join(dict.fromkeys(reasons)) or 'they were killed'}; what is answered is kept, run the same "
+            "command again"
         )
     return folder
 
@@ -493,13 +503,24 @@ def _work(
 ) -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         answer(request, plan, folder, shard, until, partial(_tell, counts), counts.put)
-    except Exception:
-        counts.put(f"process {shard[0]} failed: {traceback.format_exc()}")
+    except Exception as error:
+        if not isinstance(error, VTPruneError):
+            traceback.print_exc()
+        counts.put([f"{type(error).__name__}: {error}" if not isinstance(error, VTPruneError) else str(error)])
         counts.close()
         counts.join_thread()
         os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """A killed parent ends no children; they would go on beside the run that takes up what it left."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _tell(counts: Any, text: str) -> None:

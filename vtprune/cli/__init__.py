@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``vtprune`` command: a file for each of its commands.
+
+Results go to stdout, progress and errors to stderr. Every mistake of the user is one line ``error: ...`` that names the
+cure, with exit code 2. Heavy imports happen inside the commands, so that ``vtprune --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import VTPruneError
+from . import ask, bench, board, common, demo, doctor, evaluate, lens, methods
+from .common import app, one_line
+
+__all__ = ["app", "ask", "bench", "board", "common", "demo", "doctor", "evaluate", "lens", "main", "methods"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except VTPruneError as error:
+        return _fail(error)
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # What the argument parser says about wrong arguments. Its exception classes moved between versions of typer,
+        # the method did not.
+        if hasattr(error, "format_message"):
+            return _fail(error.format_message())
+        raise
+
+
+def _fail(reason: object) -> int:
+    print("error:", one_line(reason), file=sys.stderr)
+    return 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print("vtprune", __version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Prune the visual tokens of vision-language models."""
