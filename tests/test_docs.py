@@ -243,3 +243,34 @@ def test_the_tables_of_what_was_measured_inside_are_the_committed_results() -> N
             times, dense, sparse = (float(x) for x in re.findall(r"\d+\.?\d*", cell)[:3])
             assert times == pytest.approx(float(row["speedup"]), abs=6e-3), (label, shape)
             assert (dense, sparse) == pytest.approx((float(row["dense"]), float(row["sparse"])), rel=2e-3)
+
+
+def test_the_tables_of_the_lens_on_qwen_are_the_committed_results() -> None:
+    import csv
+
+    def result(name: str) -> list[dict[str, str]]:
+        with (ROOT / f"benchmarks/results/lens-{name}-pocket-qwen2.5-vl-cpu.csv").open(encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    text = (ROOT / "docs/lens.md").read_text(encoding="utf-8")
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    removed = {(r["removed"], r["what"].partition(",")[0]): r for r in result("remove")}
+    for label, key in {
+        "nothing of 144": ("nothing", "dense"),
+        "all of 144": ("everything", "question-only"),
+        "the dead of 144": ("dead", "the class"),
+        "as many of 144 at random": ("dead", "as many of all tokens"),
+        "all but the dead of 144": ("dead", "all but the class"),
+    }.items():
+        row, (_, tokens, right, against) = removed[key], next(r for r in cells if r[0] == label)
+        assert int(tokens) == round(float(row["tokens"]))
+        for cell, names in (
+            (right, ("accuracy", "low", "high")),
+            (against, ("to_dense", "to_dense_low", "to_dense_high")),
+        ):
+            numbers = [float(x) for x in re.findall(r"-?\d\.\d+", cell)]
+            assert numbers == pytest.approx([float(row[n]) for n in names][: len(numbers)], abs=5.1e-3), label
+    shown = next(r for r in cells if r[0] == "right of 48")
+    for row in (r for r in result("inject") if (r["way"], r["kind"]) == ("enter before", "all")):
+        numbers = [float(x) for x in re.findall(r"\d\.\d+", shown[1 + int(row["layer"])])]
+        assert numbers == pytest.approx([float(row[n]) for n in ("accuracy", "low", "high")], abs=5.1e-3)
