@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -166,7 +167,8 @@ def test_tasks_of_one_event_loop_do_not_mix() -> None:
     async def both() -> None:
         await asyncio.gather(task("norm"), task("random"))
 
-    asyncio.run(both())
+    with ThreadPoolExecutor(1) as pool:  # a browser test may have left this thread an event loop
+        pool.submit(asyncio.run, both()).result()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import re
 import secrets
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,10 @@ def test_addresses_are_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     blocks = App(Studio()).build().blocks.values()
     assert len(blocks) > 30
-    for block in blocks:
-        with pytest.raises(gradio.Error, match="upload the file"):
-            asyncio.run(block.async_move_resource_to_block_cache("https://example.org/a.png"))
+    with ThreadPoolExecutor(1) as pool:  # this thread may have an event loop, left by a browser test
+        for block in blocks:
+            with pytest.raises(gradio.Error, match="upload the file"):
+                pool.submit(asyncio.run, block.async_move_resource_to_block_cache("https://example.org/a.png")).result()
 
 
 def test_what_models_say_is_escaped() -> None:
