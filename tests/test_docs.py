@@ -274,3 +274,21 @@ def test_the_tables_of_the_lens_on_qwen_are_the_committed_results() -> None:
     for row in (r for r in result("inject") if (r["way"], r["kind"]) == ("enter before", "all")):
         numbers = [float(x) for x in re.findall(r"\d\.\d+", shown[1 + int(row["layer"])])]
         assert numbers == pytest.approx([float(row[n]) for n in ("accuracy", "low", "high")], abs=5.1e-3)
+
+
+def test_the_premise_of_corematching_is_told_as_measured() -> None:
+    import csv
+
+    text = (ROOT / "docs/inside.md").read_text(encoding="utf-8")
+    with (ROOT / "benchmarks/results/corematching-premise-cpu.csv").open(encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["chosen_by"] == "top quarter"]
+    own, by_chance = (
+        [float(r[f"active_in_core_{which}"]) for r in rows if r["layer"] != r["matching_layer"]]
+        for which in ("core", "random")
+    )
+    here = next(r for r in rows if r["layer"] == r["matching_layer"])
+    assert f"{float(here['active_in_core_core']):.3f} for the" in text
+    assert f"against {float(here['active_in_core_random']):.3f} for as many" in text
+    assert f"{min(own):.3f} to {max(own):.3f} against {min(by_chance):.3f} to {max(by_chance):.3f}" in text.replace(
+        "\n", " "
+    )
