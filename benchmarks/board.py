@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in (*SETS, "once", "draw"):
         kinds.add_argument(f"--{name}", action="store_const", const=name, dest="which")
     parser.add_argument("--questions", type=int, default=None, help="of each task")
-    parser.add_argument("--workers", type=int, default=None, help="processes; default 14 on a GPU, 1 on a CPU")
+    parser.add_argument("--workers", type=int, default=None, help="processes; default 6 on a GPU, 1 on a CPU")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no more batches after this time")
     parser.add_argument("--device", default=None)
     parser.add_argument("--rows", type=Path, default=None, help="folder of all answers; what it holds is not run again")
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(page.draw(out))
         return 0
     rows = given.rows or ROWS / given.which
-    workers = given.workers or (max(1, min(14, (os.cpu_count() or 2) - 2)) if torch.cuda.is_available() else 1)
+    workers = given.workers or (max(1, min(6, (os.cpu_count() or 2) - 2)) if torch.cuda.is_available() else 1)
     begun = time.monotonic()
     told = [0.0, 0.0]
 

@@ -208,12 +208,15 @@ def check_continuation(given: Tensor | None, expected: Tensor, valid: Tensor) ->
         )
 
 
-def last_position(positions: Tensor, valid: Tensor) -> Tensor:
+def last_position(positions: Tensor, valid: Tensor | None) -> Tensor:
     """Position of the last valid token, ``[B]``; `positions` is ``[B, L]`` or ``[3, B, L]``. -1 without a token.
 
-    Not the largest position: the frames of a video may be numbered beyond the text that follows it.
+    Not the largest position: the frames of a video may be numbered beyond the text that follows it. With ``valid=None``
+    all tokens are valid, which saves a dozen launches.
     """
     rows = positions if positions.ndim == 3 else positions[None]
+    if valid is None:
+        return rows[..., -1].amax(0)
     slots = torch.arange(1, valid.shape[1] + 1, device=valid.device)
     last = (valid * slots).amax(1)
     position = rows.amax(0).gather(1, (last - 1).clamp_min(0)[:, None]).squeeze(1)

@@ -138,7 +138,7 @@ def prune_prompt(
     assert tokens is not None
     batch, length, width = embeds.shape
     positions = prompt_positions(family, call, kw.get("position_ids"), before, valid)
-    next_original = pos.last_position(positions, valid) + 1
+    next_original = pos.last_position(positions, None if (rows == length).all() else valid) + 1
     if before is not None:  # a row that is all padding stays where it was
         next_original = torch.maximum(next_original, before.next_original)
 

@@ -21,8 +21,8 @@ from .controls import prepare
 from .table import Row
 from .tasks import Example, Task
 
-#: Timed answers to each prompt, after one that allocates and picks kernels.
-REPEATS = 3
+#: Timed answers to each prompt; before the first comes one that allocates and picks kernels.
+REPEATS = 2
 PROMPTS = 2
 MIB = 2**20
 
@@ -121,8 +121,9 @@ def measure(
         for example in examples:
             inputs = prepare(family, processor, [example])
             with runner.presented(family, processor, [example], inputs, method, keep) as (given, _):
-                model.generate(**given, **greedy)
-                peak = peak or Peak(device)
+                if peak is None:
+                    model.generate(**given, **greedy)
+                    peak = Peak(device)
                 for _ in range(repeats):
                     clock = Clock(device)
                     model.generate(**given, **greedy, streamer=clock)
