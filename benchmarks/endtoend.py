@@ -365,24 +365,25 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
     given: dict[str, Any] = {name: getattr(preset, name) for name in ("new_tokens", "flops", "min_runs", "warm_up")}
     for label, prepare, lines in settings:
         prepare()
-        # Lines of one device and mode go together: on a CPU they take turns, and graphs are captured once for all.
-        groups = [[line for line in lines if not line.compile], [line for line in lines if line.compile]]
-        for group in groups:
-            on_cpu = find_family(model).model.device.type == "cpu"
-            batches = [group] if group and (on_cpu or group[0].compile) else [[line] for line in group]
-            for batch in batches:
-                if time.perf_counter() > stop_at:
-                    print(f"NO TIME LEFT for {name} {label} {[line.method for line in batch]}", file=sys.stderr)
-                    complete = False
-                    continue
-                seconds = preset.seconds * len(batch) / len(lines)
-                try:
-                    for row in bench.measure(model, preset.model, preset.case, batch, seconds=seconds, **given):
-                        add(row)
-                except Exception:
-                    print(f"FAILED {name} {[line.method for line in batch]}\n{traceback.format_exc()}", file=sys.stderr)
-                    complete = False
-                    torch.cuda.empty_cache()
+        # Lines that are compared to 5 % take turns, others have each their own, and graphs are captured once for all.
+        eager = [line for line in lines if not line.compile]
+        on_cpu = find_family(model).model.device.type == "cpu"
+        turns = [line for line in eager if on_cpu or line.method in ("dense", "ideal", *preset.methods)]
+        alone = [[line] for line in eager if line not in turns]
+        batches = [turns, *alone, [line for line in lines if line.compile]]
+        for batch in filter(None, batches):
+            if time.perf_counter() > stop_at:
+                print(f"NO TIME LEFT for {name} {label} {[line.method for line in batch]}", file=sys.stderr)
+                complete = False
+                continue
+            seconds = preset.seconds * len(batch) / len(lines)
+            try:
+                for row in bench.measure(model, preset.model, preset.case, batch, seconds=seconds, **given):
+                    add(row)
+            except Exception:
+                print(f"FAILED {name} {[line.method for line in batch]}\n{traceback.format_exc()}", file=sys.stderr)
+                complete = False
+                torch.cuda.empty_cache()
     graph.Replay.fuses, graph.TUNED_ROWS = before
     return complete
 

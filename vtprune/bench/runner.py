@@ -254,8 +254,8 @@ def measure(
 ) -> Iterator[Row]:
     """Measure `lines` and yield their rows, one as soon as it is there.
 
-    On a CPU, lines take turns in bursts, so that whatever else the machine does falls on all of them; their rows come
-    at the end. On a GPU each has its time for itself.
+    Lines take turns in bursts, so that whatever else the machine does falls on all of them; their rows come at the end.
+    Lines that run as graphs have their time for themselves: a line that leaves the model takes its graphs along.
 
     Parameters
     ----------
@@ -271,25 +271,22 @@ def measure(
     min_runs, warm_up
         Fewest timed runs of a line, and runs before them; while lines take turns, one run warms up each turn.
     """
-    device = find_family(model).model.device
-    share = seconds / max(1, len(lines))
-    if device.type == "cpu":
-        found = [Times() for _ in lines]
-        deadline = time.perf_counter() + seconds
+    share, at_once = seconds / max(1, len(lines)), [n for n in concurrency if n > 1]
+    eager = [line for line in lines if not line.compile]
+    if eager:
+        found = [Times() for _ in eager]
+        deadline = time.perf_counter() + share * len(eager)
         while len(found[0].runs) < min_runs or (len(found[0].runs) < MAX_RUNS and time.perf_counter() < deadline):
-            for line, times in zip(lines, found, strict=True):
+            for line, times in zip(eager, found, strict=True):
                 with line.enter() as running:
                     timed_runs(model, running.prefill, times, BURST, warm_up=1)
-        for line, times in zip(lines, found, strict=True):
+        for line, times in zip(eager, found, strict=True):
             with line.enter() as running:
-                yield _row(model, name, case, line, running, times, new_tokens, flops)
-    at_once = [n for n in concurrency if n > 1]
-    if device.type == "cpu" and not at_once:
-        return
+                yield _measured(model, name, case, line, running, times, new_tokens, flops)
     # What was captured for one line serves the next one, as long as the engine stays on the model.
     held = False
     with ExitStack() as stack:
-        for line in lines:
+        for line in (line for line in lines if line.compile or at_once):
             if line.compile and not held:
                 stack.enter_context(attached(find_family(model)))
                 held = True
@@ -297,39 +294,43 @@ def measure(
                 stack.close()
                 held = False
             with line.enter() as running:
-                if device.type != "cpu":
-                    yield _time_alone(model, name, case, line, running, share, new_tokens, flops, min_runs, warm_up)
+                if line.compile:
+                    times = Times()
+                    with torch.inference_mode():
+                        for _ in range(warm_up):
+                            running.prefill()
+                    deadline = time.perf_counter() + share
+                    while len(times.runs) < min_runs or (len(times.runs) < MAX_RUNS and time.perf_counter() < deadline):
+                        timed_runs(model, running.prefill, times, BURST, warm_up=0)
+                    yield _measured(model, name, case, line, running, times, new_tokens, flops)
                 for threads in at_once:
                     yield _at_once(model, name, case, line, running, threads, share)
 
 
-def _time_alone(
+def _measured(
     model: nn.Module,
     name: str,
     case: Case,
     line: Line,
     running: Running,
-    seconds: float,
+    times: Times,
     new_tokens: int,
     flops: bool,
-    min_runs: int,
-    warm_up: int,
 ) -> Row:
-    device = find_family(model).model.device
-    times = Times()
-    with torch.inference_mode():
-        for _ in range(warm_up):
+    """The row of a line whose prefills were timed; on a GPU with memory and energy, of a few prefills more."""
+    device, joules, peak = find_family(model).model.device, math.nan, None
+    if device.type == "cuda":
+        with torch.inference_mode():
             running.prefill()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    energy = Energy(device)
-    joules, deadline = energy.read(), time.perf_counter() + seconds
-    while len(times.runs) < min_runs or (len(times.runs) < MAX_RUNS and time.perf_counter() < deadline):
-        timed_runs(model, running.prefill, times, BURST, warm_up=0)
-    joules = (energy.read() - joules) / len(times.runs)
-    peak = torch.cuda.max_memory_allocated(device) / 2**20
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        energy = Energy(device)
+        before = energy.read()
+        timed_runs(model, running.prefill, Times(), BURST, warm_up=0)
+        joules = (energy.read() - before) / BURST
+        peak = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     row = _row(model, name, case, line, running, times, new_tokens, flops)
-    return replace(row, peak_mib=round(peak, 1), joules=None if math.isnan(joules) else round(joules, 3))
+    return replace(row, peak_mib=peak, joules=None if math.isnan(joules) else round(joules, 3))
 
 
 def _row(

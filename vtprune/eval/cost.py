@@ -21,7 +21,7 @@ from .controls import prepare
 from .table import Row
 from .tasks import Example, Task
 
-#: Timed answers to each prompt; before the first comes one that allocates and picks kernels.
+#: Timed answers to each prompt; before the first comes a token that allocates and picks kernels.
 REPEATS = 2
 PROMPTS = 2
 MIB = 2**20
@@ -122,7 +122,7 @@ def measure(
             inputs = prepare(family, processor, [example])
             with runner.presented(family, processor, [example], inputs, method, keep) as (given, _):
                 if peak is None:
-                    model.generate(**given, **greedy)
+                    model.generate(**given, **{**greedy, "max_new_tokens": 1})
                     peak = Peak(device)
                 for _ in range(repeats):
                     clock = Clock(device)

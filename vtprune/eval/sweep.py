@@ -46,8 +46,8 @@ EXAMS = {
     "pocket-llava-next": ("basic", "extended", "hires"),
     "pocket-qwen2.5-vl": ("basic", "extended", "clutter", "hires", "pair", "icl", "video", "easy-vqa"),
 }
-#: Questions that are answered together, at most (a small model's steps cost a GPU the same for a hundred questions as for
-#: one), and visual tokens of them on a CPU.
+#: Questions that are answered together, at most (a step of a small model takes a GPU as long for a hundred as for one),
+#: and visual tokens of them on a CPU.
 MOST, CPU_TOKENS = 100, 12_000
 
 
