@@ -25,8 +25,8 @@ import torch
 import transformers
 
 import vtprune
-from benchmarks.prefill import commit
 from vtprune.eval import controls, runner, summarise, tasks
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family
 
 KEEPS = ("1/2", "1/4", "1/9", "1/18")

@@ -25,8 +25,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.prefill import commit
 from vtprune.demo import scenes
+from vtprune.eval.runner import current_commit as commit
 
 MODEL, METHOD, KEEP = "pocket-llava", "norm", 25
 

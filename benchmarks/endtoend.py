@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 import vtprune
 from benchmarks.kernels_greedy import naive_max_min
-from benchmarks.prefill import commit
 from vtprune import bench, registry
 from vtprune.bench import Case, Line, Row, runner
 from vtprune.config import PruneConfig
 from vtprune.engine import graph
 from vtprune.errors import VTPruneError
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family
 from vtprune.registry import Pruner
 from vtprune.tokens import PROJECTOR, Selection, Stage, VisualTokens

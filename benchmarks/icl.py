@@ -27,9 +27,9 @@ import transformers
 
 import vtprune
 from benchmarks.accuracy import RUNS, prefill_ms, synchronize
-from benchmarks.prefill import commit
 from benchmarks.side_by_side import Job, side_by_side
 from vtprune.eval import controls, runner, summarise, tasks
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family
 from vtprune.models.pocket.worlds import icl
 

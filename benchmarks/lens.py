@@ -27,10 +27,10 @@ import transformers
 from PIL import Image
 
 import vtprune
-from benchmarks.prefill import commit
 from vtprune import registry
 from vtprune.budget import Budget
 from vtprune.eval import controls, runner, stats, tasks
+from vtprune.eval.runner import current_commit as commit
 from vtprune.lens import Calibration, Lens, calibrate, clusters, compression, inject, skip
 from vtprune.models import find_family
 from vtprune.models.loading import EMBEDDED, build_inputs

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 import vtprune
-from benchmarks.prefill import commit
 from benchmarks.side_by_side import Job, default_workers, loaded, side_by_side
 from benchmarks.tables import Answers, about, batch_of, rows_file, write
 from vtprune.eval import controls, runner, stats, tasks
+from vtprune.eval.runner import current_commit as commit
 from vtprune.kernels import reference
 from vtprune.models import find_family
 from vtprune.pruners import importance as sources

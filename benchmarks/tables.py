@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.prefill import commit
 from benchmarks.side_by_side import Job, default_workers, loaded, side_by_side
 from vtprune.eval import read, runner, stats
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models.pocket.train import EXAMS
 
 HERE = Path(__file__).parent

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import vtprune
-from benchmarks.prefill import commit
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family
 
 #: Label, method, options; `layer` is filled in with one in the upper half.

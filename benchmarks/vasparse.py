@@ -29,10 +29,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import vtprune
-from benchmarks.prefill import commit
 from vtprune.budget import parse_keep
 from vtprune.decoding import vasparse
 from vtprune.eval import controls, runner, tasks
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family
 from vtprune.models.pocket.data import COLORS, SHAPES, Scene, article, questions, render, scene
 from vtprune.models.pocket.worlds import clutter_scene

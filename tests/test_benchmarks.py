@@ -14,56 +14,11 @@ import pytest
 import torch
 
 import vtprune
-from benchmarks import accuracy, corematching, endtoend, icl, kernels, lens, prefill, video
+from benchmarks import accuracy, corematching, endtoend, icl, kernels, lens, video
 from vtprune.eval import runner
 from vtprune.lens import Lens
 from vtprune.lens.probe import View
 from vtprune.models.pocket import data
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    out = tmp_path_factory.mktemp("benchmark") / "prefill.csv"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefill, "WARM_UP", 1)
-        patch.setattr(prefill, "MIN_RUNS", 2)
-        patch.setattr(prefill, "MAX_RUNS", 2)
-        assert prefill.main(["--tiny", "--seconds", "300", "--out", str(out), "--commit", "abc"]) == 0
-    with out.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def test_every_line_is_there(rows: list[dict[str, str]]) -> None:
-    per_case = 1 + len(prefill.KEEPS) * (1 + len(prefill.METHODS))
-    assert len(rows) == per_case * len(prefill.TINY_CASES)
-    assert {row["commit"] for row in rows} == {"abc"}
-    assert all(row["gpu"] and row["torch"] and row["transformers"] for row in rows)
-
-
-def test_kept_counts_follow_the_budget(rows: list[dict[str, str]]) -> None:
-    for row in rows:
-        total = int(row["tokens_per_image"])
-        expected = {"1": total, "1/2": total // 2, "1/4": total // 4, "1/9": max(1, total // 9)}
-        assert int(row["kept_per_image"]) == expected[row["keep"]], row
-
-
-def test_the_parts_lie_within_the_whole(rows: list[dict[str, str]]) -> None:
-    for row in rows:
-        assert 0 < float(row["llm_ms_median"]) <= float(row["total_ms_median"]) <= float(row["total_ms_p90"])
-        assert float(row["before_llm_ms_median"]) >= 0
-
-
-def test_a_line_that_fails_costs_only_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(prefill, "METHODS", ("norm", "no-such-method"))
-    monkeypatch.setattr(prefill, "KEEPS", (prefill.Fraction(1, 2),))
-    monkeypatch.setattr(prefill, "TINY_CASES", prefill.TINY_CASES[:1])
-    out = tmp_path / "prefill.csv"
-    assert prefill.main(["--tiny", "--out", str(out)]) == 1
-    assert "no-such-method" in capsys.readouterr().err
-    with out.open(encoding="utf-8") as file:
-        assert [row["method"] for row in csv.DictReader(file)] == ["dense", "ideal", "norm"]
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -209,7 +209,8 @@ def test_sampling_draws_from_the_contrasted_distribution(family: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [*PARTS.values(), MERGED], ids=[*PARTS, "merged"])
-def test_a_gpu_says_what_a_cpu_says(family: str, options: dict) -> None:
+def test_a_gpu_says_what_a_cpu_says(family: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the patch embedding of Qwen is a convolution
     model = tiny.build(family)
     batch = tiny.collate(tiny.mixed(model))
     expected = generate(model, batch, options)
