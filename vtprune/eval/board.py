@@ -441,7 +441,8 @@ def about(answers: dict[str, dict[str, Answers]], folders: Sequence[str | Path])
     facts: Row = {key: ", ".join(dict.fromkeys(str(h[key]) for h in headers)) for key in known}
     facts["left_out"] = {}
     for folder in map(Path, folders):
-        facts["left_out"] |= _plan(folder).get("left_out", {})
+        for model, reasons in _plan(folder).get("left_out", {}).items():
+            facts["left_out"].setdefault(model, {}).update(reasons)
     facts["broken"] = {
         f"{model} on {task}": found.broken for model, tasks in answers.items() for task, found in tasks.items()
         if found.broken
