@@ -5,7 +5,7 @@
     python -m benchmarks.board --small      # two CPU cores: one model, 8 methods, 50 questions of each task
     python -m benchmarks.board --ci         # two methods, 20 questions
     python -m benchmarks.board --once       # what encoding once saves: seconds of a sweep, and of each row alone
-    python -m benchmarks.board --draw       # page and picture once more, from the committed tables
+    python -m benchmarks.board --draw       # pages and picture once more, from the committed tables
 
 It is `vtprune eval` and `vtprune board` without a command line of typer's. Answers stay in ``--rows``; ``board.csv``,
 ``overall.csv``, ``about.json``, ``index.html`` and ``board.png`` go to ``--out``. `benchmarks/README.md` has them.
@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,14 @@ from benchmarks.tables import write
 from vtprune.errors import InputError
 from vtprune.eval import board, page, runner
 from vtprune.eval.sweep import EXAMS, Request, load_model, sweep
+from vtprune.eval.table import Row
 
 HERE = Path(__file__).parent
 ROWS = HERE.parent / "build" / "board"
 KEEPS = ("1/2", "1/4", "1/9")
 SMALL = ("norm", "divprune", "idpruner", "visionzip", "scope", "cdpruner", "fastv", "tome")
+#: Below it stand tables that are made.
+MARK = "<!-- python -m benchmarks.board --draw -->"
 SETS = {
     "full": (tuple(EXAMS), ("all",), 300, KEEPS),
     "small": (("pocket-llava",), SMALL, 50, KEEPS),
@@ -103,6 +107,45 @@ def once(given: argparse.Namespace) -> int:
     return 0 if not differ else 1
 
 
+def tables(overall: Sequence[Row]) -> str:
+    """The scores of ``overall.csv`` as Markdown: percent of dense, with half of the 95 % interval, and the time."""
+    parts = []
+    for model in board.models_of(overall):
+        rows = [row for row in overall if row["model"] == model]
+        keeps = [keep for keep in KEEPS if any(row["keep"] == keep for row in rows)]
+        lines = [f"### {model}", "", "| method | " + " | ".join(f"keep {keep}" for keep in keeps) + " | time at 1/9 |"]
+        lines.append("|---" * (len(keeps) + 2) + "|")
+        ranked = {}
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = {row["keep"]: row for row in rows if row["method"] == method}
+            if any(keep in own for keep in keeps):
+                ranked[method] = own
+            else:  # what knows no budget
+                row = next(iter(own.values()))
+                lines.append(f"| {method} | {_score(row)} |" + " – |" * (len(keeps) - 1) + f" {_time(row)} |")
+        for method, own in sorted(ranked.items(), key=lambda item: -item[1][keeps[-1]]["relative"]):
+            cells = " | ".join(_score(own[keep]) for keep in keeps)
+            lines.append(f"| `{method}` | {cells} | {_time(own[keeps[-1]])} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _score(row: Row) -> str:
+    few = f" ({row['tasks']:g} of {row['of']:g} tasks)" if row["tasks"] < row["of"] else ""
+    half = (row["relative_high"] - row["relative_low"]) / 2
+    return f"{100 * row['relative']:.1f} ± {100 * half:.1f}{few}"
+
+
+def _time(row: Row) -> str:
+    return "–" if row["ttft"] is None else f"{row['ttft']:.2f}"
+
+
+def document(out: Path, page: Path = HERE.parent / "docs" / "board.md") -> None:
+    """Write the tables of a board into the guide that tells what they show, below its mark."""
+    head = page.read_text(encoding="utf-8").split(MARK)[0]
+    page.write_text(head + MARK + "\n\n" + tables(board.from_csv(out / "overall.csv")), encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_mutually_exclusive_group(required=True)
@@ -120,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out or HERE / "results" / f"board-{where()}"
     if given.which == "draw":
         print(page.draw(out))
+        document(out)
         return 0
     rows = given.rows or ROWS / given.which
     workers = given.workers or (max(1, min(6, (os.cpu_count() or 2) - 2)) if torch.cuda.is_available() else 1)
