@@ -112,7 +112,8 @@ def chart(title: str, rows: Sequence[Row], cost: str, score: str, label: str, wh
     shown = [row for row in flat if row.get(score) is not None]
     ys = [row[score] for own in lines.values() for row in own] + [row[score] for row in shown]
     absolute = cost.endswith(("ms", "out"))
-    x = _axis(xs, LEFT, WIDTH - RIGHT, label, lambda v: f"{v:.3g}" if absolute else f"{100 * v:.3g} %", True)
+    # (1000 %, and not 1e+03 %)
+    x = _axis(xs, LEFT, WIDTH - RIGHT, label, lambda v: f"{v:.3g}" if absolute else f"{round(100 * v, 1):g} %", True)
     y = _axis(ys, HEIGHT - BOTTOM, TOP, what, lambda v: f"{100 * v:.0f}")
     marks = [Mark("text", ((LEFT, 18),), INK, 13, text=title)]
     for value in y.ticks():
