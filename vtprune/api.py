@@ -188,7 +188,7 @@ def make_config(method: str | Sequence[str] | PruneConfig, **settings: Any) -> P
                 "(dataclasses.replace(config, ...))"
             )
         return method
-    fields = {f.name for f in dataclasses.fields(PruneConfig)} - {"method", "options"}
+    fields = {f.name for f in dataclasses.fields(PruneConfig)} - {"method", "options", "layer"}
     known = {k: v for k, v in settings.items() if k in fields and not (v is None and k in ("keep", "restore"))}
     options = {k: v for k, v in settings.items() if k not in fields}
     if options.get("importance") is None:
