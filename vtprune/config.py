@@ -119,6 +119,12 @@ class PruneConfig:
         return self.method if isinstance(self.method, str) else " + ".join(self.method)
 
     def to_json(self) -> str:
+        try:
+            json.dumps(self.options)
+        except TypeError:
+            raise ConfigError(
+                f"options={self.options!r} hold an object that is no JSON; write the config without it"
+            ) from None
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod

@@ -350,7 +350,8 @@ def with_question(
     text &= np.arange(valid.shape[1])[None] > layout.last[:, None]
     call.text_slots = upload(np.flatnonzero(text), embeds.device)
     lens = tuple(int(n) for n in text.sum(1))
-    return replace(tokens, text=flat[call.text_slots], text_lens=lens, pair_text=paired)
+    words = None if ids is None else tuple(tuple(row[mine].tolist()) for row, mine in zip(ids, text, strict=True))
+    return replace(tokens, text=flat[call.text_slots], text_lens=lens, text_ids=words, pair_text=paired)
 
 
 def pair_text(tokens: VisualTokens, layout: BatchLayout, flat: Tensor, text: np.ndarray) -> Tensor:
