@@ -116,7 +116,8 @@ class EncoderTap:
         def encode(args: Any, kwargs: Any, inputs: dict[str, Any]) -> tuple[Any, Encoding]:
             self.local.captured = {}
             try:
-                out = original(*args, **kwargs)
+                with _own_weights(self.family.inner):
+                    out = original(*args, **kwargs)
                 captured = self.local.captured
             finally:
                 self.local.captured = None
@@ -154,6 +155,21 @@ class EncoderTap:
             return out
 
         return features
+
+
+@contextmanager
+def _own_weights(inner: Any) -> Iterator[None]:
+    """Bring weights of the module's own (LLaVA-NeXT's ``image_newline``) that accelerate has put away: its hook does so
+    around the forward, but generate() of newer transformers encodes pictures before that, and finds none."""
+    hook = getattr(inner, "_hf_hook", None)
+    if hook is None or not any(p.is_meta for p in inner.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(inner)
+    try:
+        yield
+    finally:
+        hook.post_forward(inner, None)
 
 
 def encoding_of(modality: str, out: Any, recent: Mapping[str, tuple[Any, Encoding]]) -> Encoding:
