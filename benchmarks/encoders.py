@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 import vtprune
 from benchmarks.prefill import commit
+from vtprune.encoders.vit import block_flops
 from vtprune.models.pocket import easyvqa
 
 SHAPES, COLOURS = easyvqa.ANSWERS[2:5], easyvqa.ANSWERS[5:]
@@ -132,7 +133,7 @@ def lines(options: argparse.Namespace) -> Iterator[Line]:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, table: list[Line], pixels: Tensor, classes: Tensor, options: argparse.Namespace) -> Any:
+def measure(model: Any, table: list[Line], pixels: Tensor, classes: Tensor, options: argparse.Namespace) -> Any:
     """Accuracy of every line, then turns of timed batches; yields a row for each line."""
     model.eval()
     right = []
@@ -161,7 +162,8 @@ def measure(model: nn.Module, table: list[Line], pixels: Tensor, classes: Tensor
                 kept, blocks = report.tokens_out, " ".join(stage.split()[1] for stage in report.stages)
                 flops = report.flops_after
         else:
-            flops = None
+            own = list(model.blocks)
+            flops = sum(block_flops(block, model.num_prefix_tokens + patches, options.width) for block in own)
         yield {
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu, one thread",
             **{"torch": torch.__version__, "timm": timm.__version__, "commit": options.commit or commit()},
@@ -172,7 +174,7 @@ def measure(model: nn.Module, table: list[Line], pixels: Tensor, classes: Tensor
             **{"patches": patches, "kept": kept, "pictures": len(classes), "accuracy": round(accuracy, 4)},
             "pictures_per_s": round(options.batch / seconds, 1),
             "speedup": round(plain / seconds, 3),
-            "mflop": "" if flops is None else round(flops / 1e6, 1),
+            "mflop": round(flops / 1e6, 1),
         }
 
 

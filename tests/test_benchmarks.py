@@ -338,3 +338,18 @@ def test_the_video_table_is_that_of_accuracy_with_its_own_methods(monkeypatch: p
     assert arguments[-2:] == ["--questions", "7"], "what the user gives comes last, and wins"
     assert {"frames", "evs", "vidcom2"} < set(video.METHODS) < set(arguments)
     assert len(runner.combinations(video.METHODS, ["1/4", "1/9"])) == 2 * len(video.METHODS)
+
+
+def test_encoders_train_and_are_measured(tmp_path: Path) -> None:
+    from benchmarks import encoders
+
+    weights, out = tmp_path / "vit.safetensors", tmp_path / "encoders.csv"
+    tiny = ["--side", "16", "--width", "32", "--depth", "3", "--pictures", "40", "--epochs", "1", "--turns", "1"]
+    options = [*tiny, "--weights", str(weights), "--out", str(out)]
+    assert encoders.main(options) == 0 and weights.exists()
+    rows = table(out)
+    assert {row["method"] for row in rows} == {"plain", "plain, smaller picture", *encoders.METHODS}
+    pruned = [row for row in rows if not row["method"].startswith("plain") and row["keep"] != "1.0"]
+    assert {(row["keep"], row["kept"]) for row in pruned} == {("0.5", "8"), ("0.25", "4"), ("0.1", "1")}
+    assert all(float(row["mflop"]) < float(rows[0]["mflop"]) for row in pruned)
+    assert rows[0]["accuracy"] == rows[1]["accuracy"], "hooks that have nothing to do changed an answer"
