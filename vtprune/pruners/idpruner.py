@@ -101,7 +101,7 @@ class IDPruner(Pruner):
                 'importance="clip-text" needs a vtprune.pruners.ClipText, and nothing else does'
             )
         if self.clip is not None:  # of this one, not of the method
-            self.query_aware, self.mechanism = True, ("query", "similarity")  # type: ignore[misc]
+            self.__dict__.update(query_aware=True, mechanism=("query", "similarity"))
         lam = self.mmr_lambda
         if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam) or not 0 <= lam <= 1:
             raise ConfigError(f"mmr_lambda={lam!r} is no weight; give a number from 0 (diversity) to 1 (importance)")
