@@ -293,3 +293,32 @@ def test_the_video_table_is_that_of_accuracy_with_its_own_methods(monkeypatch: p
     assert arguments[-2:] == ["--questions", "7"], "what the user gives comes last, and wins"
     assert {"frames", "evs", "vidcom2"} < set(video.METHODS) < set(arguments)
     assert len(runner.combinations(video.METHODS, ["1/4", "1/9"])) == 2 * len(video.METHODS)
+
+
+def test_encoders_train_and_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import encoders
+    from vtprune.models.pocket import easyvqa
+
+    said = [
+        [("what is the shape ?", "circle"), ("what color is the shape ?", "teal"), ("is there a red shape ?", "no")],
+        [("is there a triangle ?", "yes"), ("is there not a blue shape ?", "yes"), ("is there a gray shape ?", "yes")],
+        [("is there a circle ?", "no"), ("what color is the shape ?", "red")],  # its shape is not told
+        [("is no rectangle present ?", "yes"), ("what is the shape ?", "triangle"), ("is it yellow ?", "yes")],
+    ]
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), np.uint8)
+    questions = tuple((picture, *one) for picture in range(40) for one in said[picture % 4])
+    monkeypatch.setattr(easyvqa, "load", lambda split: easyvqa.EasyVQA(pixels, questions))
+    pictures, classes = encoders.data("train", 16)
+    assert pictures.shape == (30, 3, 16, 16)
+    names = [(easyvqa.ANSWERS[2 + c // 8], easyvqa.ANSWERS[5 + c % 8]) for c in classes[:3].tolist()]
+    assert names == [("circle", "teal"), ("triangle", "gray"), ("triangle", "yellow")]
+
+    weights, out = tmp_path / "vit.safetensors", tmp_path / "encoders.csv"
+    tiny = ["--side", "16", "--width", "32", "--depth", "3", "--batch", "10", "--epochs", "1", "--turns", "1"]
+    assert encoders.main([*tiny, "--weights", str(weights), "--out", str(out)]) == 0 and weights.exists()
+    rows = table(out)
+    assert {row["method"] for row in rows} == {"plain", "plain, smaller picture", *encoders.METHODS}
+    pruned = [row for row in rows if not row["method"].startswith("plain") and row["keep"] != "1.0"]
+    assert {(row["keep"], row["kept"]) for row in pruned} == {("0.5", "8"), ("0.25", "4"), ("0.1", "1")}
+    assert all(float(row["mflop"]) < float(rows[0]["mflop"]) for row in pruned)
+    assert rows[0]["accuracy"] == rows[1]["accuracy"], "hooks that have nothing to do changed an answer"

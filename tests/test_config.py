@@ -26,6 +26,7 @@ CONFIGS = [
     PruneConfig("globalcom2", 0.5),
     PruneConfig(["norm", "idpruner"], 64, options={"mmr_lambda": 0.3}),
     PruneConfig(("norm", "globalcom2"), [0.5, 0.25]),
+    PruneConfig("norm", layer=[3, 6]),
 ]
 
 
@@ -40,6 +41,7 @@ def test_defaults() -> None:
         "restore": True,
         "options": {},
         "compile": None,
+        "layer": None,
     }
     assert config.budget() == Budget(0.25) and config.pruner() == IDPruner()
 

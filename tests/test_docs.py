@@ -26,6 +26,20 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
+def test_the_table_of_encoders_is_that_of_its_file() -> None:
+    import csv
+
+    lines = (ROOT / "docs/encoders.md").read_text(encoding="utf-8").splitlines()
+    with (ROOT / "benchmarks/results/encoders-cpu.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if float(row["keep"]) < 1]
+    labels = {"plain, smaller picture": "plain timm, smaller picture", "tome every": "`tome`, one round a block"}
+    for method, block in dict.fromkeys((row["method"], row["after_block"]) for row in rows):
+        mine = [row for row in rows if (row["method"], row["after_block"]) == (method, block)]
+        label = labels.get(f"{method} {block}".strip(), f"`{method}`")
+        cells = [f"{float(r['accuracy']):.3f} | {float(r['speedup']):#.3g}" for r in mine]
+        assert f"| {label} | {f'{block} ' if block else ''}| {' | '.join(cells)} |" in lines, label
+
+
 def test_every_method_and_family_is_in_the_tables() -> None:
     for name in ("README.md", "docs/methods.md"):
         text = (ROOT / name).read_text(encoding="utf-8")

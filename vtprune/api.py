@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from .config import PruneConfig
+from .encoders import Encoder, find_encoder
+from .encoders.engine import EncoderEngine
 from .engine.attach import LOCK, Engine, engine_of, overriding
-from .engine.call import Encoded, Job
+from .engine.call import Encoded
 from .engine.report import Report
 from .errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 from .models import find_family
@@ -26,7 +28,7 @@ from .tokens import CLS_LOGITS, CLS_ROW, LAST_CLS_LOGITS, PRE_PROJECTOR, Probe, 
 class Handle:
     """What `apply` returns: a context manager, and the way to `remove` and `report` this application."""
 
-    def __init__(self, engine: Engine, config: PruneConfig) -> None:
+    def __init__(self, engine: Engine | EncoderEngine, config: PruneConfig) -> None:
         self._engine = engine
         self._job = engine.job
         self.config = config
@@ -70,7 +72,8 @@ def apply(
     Parameters
     ----------
     model
-        A stock transformers model of a supported family (or a PEFT wrapper around one).
+        A stock transformers model of a supported family (or a PEFT wrapper around one), or a vision transformer of
+        timm or open_clip on its own.
     method
         Name of a method (see `vtprune.methods`), several names for methods that run one after the other, or a
         `PruneConfig`, which then says everything.
@@ -82,7 +85,7 @@ def apply(
     importance
         Shorthand for the option ``importance`` of methods that have one.
     **options
-        The method's own options.
+        The method's own options. Of a vision transformer on its own also ``layer``, see `PruneConfig`.
 
     Returns
     -------
@@ -104,7 +107,9 @@ def apply(
     >>> # model.generate(**inputs) now works on a quarter of the visual tokens
     >>> vtprune.remove(model)
     """
-    config = make_config(
+    bound: Any = _bind(model)
+    config = _config(
+        bound,
         method,
         keep=keep,
         positions=positions,
@@ -115,15 +120,14 @@ def apply(
         compile=compile,
         **options,
     )
-    family = find_family(model)
     with LOCK:
-        engine = engine_of(family)
+        engine: Any = engine_of(bound)
         fresh = engine is None
-        engine = engine or Engine(family)
+        engine = engine or _engine(bound)
         job = _prepare(engine, config)
         if fresh:
             engine.attach()
-        engine.meet(family)
+        engine.meet(bound)
         if engine.job is None:
             engine.users += 1
         engine.job = job
@@ -133,11 +137,28 @@ def apply(
     return Handle(engine, config)
 
 
-def _prepare(engine: Engine, config: PruneConfig) -> Job:
+def _bind(model: nn.Module) -> Family | Encoder:
+    """What is known of this kind of model, bound to it."""
+    return find_encoder(model) or find_family(model)
+
+
+def _engine(bound: Any) -> Any:
+    return EncoderEngine(bound) if isinstance(bound, Encoder) else Engine(bound)
+
+
+def _config(bound: Family | Encoder, method: Any, **settings: Any) -> PruneConfig:
+    """The config that these arguments mean for this model: ``layer`` is a method's option, or else an encoder's."""
+    layer = settings.pop("layer", None) if isinstance(bound, Encoder) else None
+    config = make_config(method, **settings)
+    return config if layer is None else dataclasses.replace(config, layer=layer)
+
+
+def _prepare(engine: Engine | EncoderEngine, config: PruneConfig) -> Any:
     """Prepare a job; if that fails on a model without vtprune, leave nothing hooked."""
     try:
         job = engine.prepare(config)
-        _check(job, engine.family)
+        if isinstance(engine, Engine):
+            _check(job, engine.family)
         return job
     except BaseException:
         if not engine.users:
@@ -145,7 +166,7 @@ def _prepare(engine: Engine, config: PruneConfig) -> Job:
         raise
 
 
-def _check(job: Job, family: Family) -> None:
+def _check(job: Any, family: Family) -> None:
     """Refuse a model that the pruner cannot serve."""
     if not family.placeholders.keys() & set(job.pruner.modality):
         raise UnsupportedModelError(
@@ -167,7 +188,7 @@ def make_config(method: str | Sequence[str] | PruneConfig, **settings: Any) -> P
                 "(dataclasses.replace(config, ...))"
             )
         return method
-    fields = {f.name for f in dataclasses.fields(PruneConfig)} - {"method", "options"}
+    fields = {f.name for f in dataclasses.fields(PruneConfig)} - {"method", "options", "layer"}
     known = {k: v for k, v in settings.items() if k in fields and not (v is None and k in ("keep", "restore"))}
     options = {k: v for k, v in settings.items() if k not in fields}
     if options.get("importance") is None:
@@ -183,12 +204,13 @@ def remove(model: nn.Module) -> None:
     VTPruneWarning
         If a pruner was applied and never fired, with the reason.
     """
-    engine = engine_of(find_family(model))
+    bound: Any = _bind(model)
+    engine = engine_of(bound)
     if engine is not None and engine.job is not None:
         _release(engine)
 
 
-def _release(engine: Engine) -> None:
+def _release(engine: Engine | EncoderEngine) -> None:
     with LOCK:
         if not engine.fired:
             assert engine.job is not None
@@ -218,14 +240,14 @@ def using(
     model, method, **settings
         As for `apply`.
     """
-    config = None if method is None else make_config(method, **settings)
-    family = find_family(model)
+    bound: Any = _bind(model)
+    config = None if method is None else _config(bound, method, **settings)
     with LOCK:
-        engine = engine_of(family) or Engine(family)
+        engine: Any = engine_of(bound) or _engine(bound)
         job = None if config is None else _prepare(engine, config)
-        if engine_of(family) is None:
+        if engine_of(bound) is None:
             engine.attach()
-        engine.meet(family)
+        engine.meet(bound)
         engine.users += 1
     try:
         with overriding(engine, job):
@@ -245,13 +267,14 @@ def report(model: nn.Module) -> Report:
     InputError
         If vtprune is not applied, or no forward with pictures has been run since.
     """
-    engine = engine_of(find_family(model))
+    bound: Any = _bind(model)
+    engine = engine_of(bound)
     if engine is None:
         raise InputError("vtprune is not applied to this model; call vtprune.apply(model, ...) and run a forward first")
     return _report(engine)
 
 
-def _report(engine: Engine) -> Report:
+def _report(engine: Engine | EncoderEngine) -> Report:
     make = engine.local.report or engine.last_report
     if make is None:
         raise InputError(f"there is nothing to report: {engine.silence}; run a forward with a picture first")

@@ -49,6 +49,10 @@ class PruneConfig:
         None, or ``"graph"``: on a CUDA device, the vision tower and the prefill of the language model run as CUDA
         graphs, captured once for each of a few prompt lengths. What cannot run so runs as ever, and
         `Report.compiled` says why. Results then differ by rounding from those without, at ``keep=1.0`` too.
+    layer
+        Of a vision transformer on its own (timm, open_clip): the block, counted from 0, after which patches go; of
+        several, each takes an equal step towards `keep`. None is a third of the way through. Methods that act inside a
+        language model have an option of this name instead.
 
     Raises
     ------
@@ -64,6 +68,7 @@ class PruneConfig:
     restore: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     compile: str | None = None
+    layer: int | Sequence[int] | None = None
 
     #: The allocation that the method takes where nobody asks for another. Not a field: `replace` works it out again.
     _own: ClassVar[str] = "equal"
@@ -81,6 +86,8 @@ class PruneConfig:
             raise ConfigError(f"restore={self.restore!r} must be True or False")
         if self.compile not in COMPILE:
             raise ConfigError(f"compile={self.compile!r} is unknown; choose None or 'graph'")
+        if self.layer is not None:
+            object.__setattr__(self, "layer", _check_layer(self.layer))
         if not isinstance(self.options, dict):
             raise ConfigError(f"options={self.options!r} must be a dict of the method's options")
         if isinstance(self.keep, list | tuple) and not isinstance(self.method, str):
@@ -112,6 +119,12 @@ class PruneConfig:
         return self.method if isinstance(self.method, str) else " + ".join(self.method)
 
     def to_json(self) -> str:
+        try:
+            json.dumps(self.options)
+        except TypeError:
+            raise ConfigError(
+                f"options={self.options!r} hold an object that is no JSON; write the config without it"
+            ) from None
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
@@ -147,3 +160,12 @@ class PruneConfig:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the config {path} ({error}); write one with PruneConfig.save") from None
         return cls.from_json(text)
+
+
+def _check_layer(layer: Any) -> int | tuple[int, ...]:
+    """A block, or several in ascending order."""
+    layers = (layer,) if isinstance(layer, int) else tuple(layer) if isinstance(layer, Sequence | range) else ()
+    whole = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in layers)
+    if not layers or not whole or list(layers) != sorted(set(layers)):
+        raise ConfigError(f"layer={layer!r} names no block; give its number, such as 3, or several that ascend")
+    return layers[0] if len(layers) == 1 else layers

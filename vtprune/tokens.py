@@ -129,6 +129,8 @@ class VisualTokens:
     text, text_lens
         Input embeddings of the question ``[sum(text_lens), D]`` and its length per sample; None where there is no text.
         At a layer stage, the hidden states of the same tokens.
+    text_ids
+        Token ids of the question per sample, on the host; None where there is no text, or embeddings were given.
     pair_text : Tensor or None
         ``[images, D]`` fp32: mean input embedding of the text between each image and the next one of its sample (after
         the last image: of the question); zeros where there is none. For methods that look at the question.
@@ -160,6 +162,7 @@ class VisualTokens:
     image_size: tuple[tuple[int, int] | None, ...]
     text: Tensor | None = None
     text_lens: tuple[int, ...] | None = None
+    text_ids: tuple[tuple[int, ...], ...] | None = None
     pair_text: Tensor | None = None
     prompt_rows: Tensor | None = None
     prompt_lens: tuple[int, ...] | None = None

@@ -17,7 +17,7 @@ import vtprune
 from vtprune import registry
 
 accelerate = pytest.importorskip("accelerate")
-#: The stock LLaVA-NeXT and Idefics3 themselves fail when all of their weights are offloaded.
+#: The stock LLaVA-OneVision and Idefics3 themselves fail when all of their weights are offloaded.
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "mistral3")
 
 
@@ -66,6 +66,22 @@ def test_offloaded_models_are_pruned_like_others(family: str, how: str, tmp_path
         assert all(same(a, b) for a, b in zip(found, expected, strict=True)), method
     with torch.no_grad():
         assert same(model(**batch).logits, plain(**batch).logits), "after removal the model is what it was"
+
+
+def test_weights_of_the_inner_models_own_are_there_when_generate_encodes_pictures(tmp_path: Path) -> None:
+    """LLaVA-NeXT's newline: the stock generate() of newer transformers fails for want of it."""
+    plain, model = tiny.build("llava_next"), spread("llava_next", "disk", tmp_path)
+    sample = tiny.prompt(plain, 2)
+    for method, keep in (("norm", KEEP), ("norm", 1.0)):
+        with vtprune.apply(plain, method, keep=keep):
+            expected = generate(plain, sample, 2)
+        with vtprune.apply(model, method, keep=keep) as handle:
+            found = generate(model, sample, 2)
+            assert (handle.report().tokens_out < handle.report().tokens_in) == (keep < 1)
+        assert all(same(a, b) for a, b in zip(found, expected, strict=True)), method
+    assert all(p.is_meta for p in model.parameters()), "weights stayed where they were brought"
+    with torch.no_grad():
+        assert same(model(**sample).logits, plain(**sample).logits)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_onevision", "internvl", "qwen3_vl", "idefics3", "mistral3"])

@@ -39,11 +39,11 @@ from .layers import enter_layer, prune_cache
 from .prefill import prune_prompt, unpack
 from .report import Report, make_report
 
-_ATTRIBUTE = "_vtprune_engine"
+ATTRIBUTE = "_vtprune_engine"
 #: Guards hooks on and hooks off, of any model.
 LOCK = threading.RLock()
 _force_pack: ContextVar[bool] = ContextVar("vtprune_force_pack", default=False)
-_override: ContextVar[tuple[tuple[weakref.ref[Engine], Job | None], ...]] = ContextVar("vtprune_override", default=())
+_override: ContextVar[tuple[tuple[weakref.ref[Any], Any], ...]] = ContextVar("vtprune_override", default=())
 
 
 @contextmanager
@@ -119,7 +119,7 @@ class Engine:
         if outer is not inner:
             self._hook_outer(outer)
         self.tap.attach()
-        setattr(inner, _ATTRIBUTE, self)
+        setattr(inner, ATTRIBUTE, self)
 
     def _hook_outer(self, outer: Any) -> None:
         self.handles.append(outer.register_forward_pre_hook(self._copy_labels, with_kwargs=True))
@@ -137,7 +137,7 @@ class Engine:
         self.handles, self.first_hooked_layer = [], len(self.family.lm.layers)
         self.hooked_probes.clear()
         self.tap.detach()
-        self.family.inner.__dict__.pop(_ATTRIBUTE, None)
+        self.family.inner.__dict__.pop(ATTRIBUTE, None)
         for cache in self.caches:
             pos.refuse(cache)
 
@@ -149,6 +149,11 @@ class Engine:
         ConfigError, UnsupportedModelError
             The method needs a layer, or a probe, that the model does not have.
         """
+        if config.layer is not None:
+            raise ConfigError(
+                f"layer={config.layer!r} says between which blocks of an encoder alone patches are dropped, and "
+                f"{config.label!r} acts before this language model; leave it out, or choose a method with a layer"
+            )
         pruner = config.pruner().fit(len(self.family.lm.layers))
         stages = pruner.stages()
         for stage in stages:
@@ -241,10 +246,8 @@ class Engine:
 
     def active_job(self) -> Job | None:
         """The innermost override of this thread or task, else what was applied."""
-        for engine, job in reversed(_override.get()):
-            if engine() is self:
-                return job
-        return self.job
+        job: Job | None = job_of(self)
+        return job
 
     def _wanted_probes(self) -> Collection[Probe]:
         if self.local.encode is not None:
@@ -569,7 +572,15 @@ def module_checkpoints(lm: Any) -> bool:
 
 def engine_of(family: Family) -> Engine | None:
     """The engine on this model, if vtprune is on it."""
-    return getattr(family.inner, _ATTRIBUTE, None)
+    return getattr(family.inner, ATTRIBUTE, None)
+
+
+def job_of(engine: Any) -> Any:
+    """What an engine has to do: the innermost override of this thread or task, else what was applied."""
+    for other, job in reversed(_override.get()):
+        if other() is engine:
+            return job
+    return engine.job
 
 
 @contextmanager
@@ -591,7 +602,7 @@ def attached(family: Family) -> Iterator[Engine]:
 
 
 @contextmanager
-def overriding(engine: Engine, job: Job | None) -> Iterator[None]:
+def overriding(engine: Any, job: Any) -> Iterator[None]:
     """Let `job` replace the engine's own in this thread or task."""
     token = _override.set((*_override.get(), (weakref.ref(engine), job)))
     try:

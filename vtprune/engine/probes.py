@@ -116,7 +116,8 @@ class EncoderTap:
         def encode(args: Any, kwargs: Any, inputs: dict[str, Any]) -> tuple[Any, Encoding]:
             self.local.captured = {}
             try:
-                out = original(*args, **kwargs)
+                with _own_weights(self.family.inner):
+                    out = original(*args, **kwargs)
                 captured = self.local.captured
             finally:
                 self.local.captured = None
@@ -154,6 +155,21 @@ class EncoderTap:
             return out
 
         return features
+
+
+@contextmanager
+def _own_weights(inner: Any) -> Iterator[None]:
+    """Bring weights of the module's own (LLaVA-NeXT's ``image_newline``) that accelerate has put away: its hook does so
+    around the forward, but generate() of newer transformers encodes pictures before that, and finds none."""
+    hook = getattr(inner, "_hf_hook", None)
+    if hook is None or not any(p.is_meta for p in inner.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(inner)
+    try:
+        yield
+    finally:
+        hook.post_forward(inner, None)
 
 
 def encoding_of(modality: str, out: Any, recent: Mapping[str, tuple[Any, Encoding]]) -> Encoding:
@@ -350,7 +366,8 @@ def with_question(
     text &= np.arange(valid.shape[1])[None] > layout.last[:, None]
     call.text_slots = upload(np.flatnonzero(text), embeds.device)
     lens = tuple(int(n) for n in text.sum(1))
-    return replace(tokens, text=flat[call.text_slots], text_lens=lens, pair_text=paired)
+    words = None if ids is None else tuple(tuple(row[mine].tolist()) for row, mine in zip(ids, text, strict=True))
+    return replace(tokens, text=flat[call.text_slots], text_lens=lens, text_ids=words, pair_text=paired)
 
 
 def pair_text(tokens: VisualTokens, layout: BatchLayout, flat: Tensor, text: np.ndarray) -> Tensor:

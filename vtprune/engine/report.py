@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -99,12 +99,15 @@ class Report:
     notes: tuple[str, ...]
     compiled: dict[str, str]
 
+    #: What the FLOPs are of.
+    part: ClassVar[str] = "language model prefill"
+
     def __str__(self) -> str:
         source = "".join(f", {k} {v}" for k, v in self.info.items())
         lines = [
             f"{self.method} keep={self.keep}{source}: {self.tokens_out} of {self.tokens_in} visual tokens "
             f"({self.ratio:.1%}) after {' + '.join(self.stages) or 'no stage'}",
-            f"language model prefill: {self.flops_before / 1e9:.2f} -> {self.flops_after / 1e9:.2f} GFLOP",
+            f"{self.part}: {self.flops_before / 1e9:.2f} -> {self.flops_after / 1e9:.2f} GFLOP",
         ]
         lines += [f"image {i} (sample {m.sample}): {m.tokens_out} of {m.tokens_in}" for i, m in enumerate(self.images)]
         lines += [f"{part}: {how}" for part, how in self.compiled.items()]

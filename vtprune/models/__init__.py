@@ -90,6 +90,7 @@ def find_family(model: nn.Module) -> Family:
         if kind in family.model_types and (hasattr(model, "lm_head") or hasattr(model, family.text_model)):
             return family(model)
     raise UnsupportedModelError(
-        f"{type(model).__name__} (model_type {kind!r}) is not supported; supported families: {supported()}. "
+        f"{type(model).__name__} (model_type {kind!r}) is not supported; supported families: {supported()}; "
+        "and vision transformers of timm and open_clip on their own. "
         "To add one, write a file like vtprune/models/llava.py (CONTRIBUTING.md, 'Add a family')"
     )

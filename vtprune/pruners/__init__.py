@@ -30,8 +30,10 @@ from . import (
     worst,
     zoo,
 )
+from .clip_text import ClipText
 
 __all__ = [
+    "ClipText",
     "catp",
     "cdpruner",
     "corematching",

@@ -15,9 +15,10 @@ from ..budget import Budget
 from ..errors import ConfigError
 from ..kernels import select
 from ..registry import Pruner, register
-from ..tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
+from ..tokens import PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
 from . import importance
 from . import scorer as trained
+from .clip_text import ClipText
 from .zoo import ZooPruner
 
 NORMS = ("raw_minmax", "soft_topk_minmax")
@@ -49,8 +50,8 @@ class IDPruner(Pruner):
     ----------
     importance
         ``"cls_logits"`` and ``"cls"`` (CLS attention before and after the softmax), ``"norm"`` (L2), ``"zoo"`` (see
-        `ZooPruner`), ``"scorer"`` (trained, see `Scorer`), or ``"auto"``: ``"cls_logits"`` where the encoder has a CLS
-        token, else minus the cosine to the image's mean.
+        `ZooPruner`), ``"scorer"`` (trained, see `Scorer`), ``"clip-text"`` (the question, see `ClipText`), or
+        ``"auto"``: ``"cls_logits"`` where the encoder has a CLS token, else minus the cosine to the image's mean.
     mmr_lambda
         In [0, 1]; 1 is importance alone, 0 is diversity alone.
     parallel_k
@@ -60,6 +61,8 @@ class IDPruner(Pruner):
     scorer
         For ``importance="scorer"``: the safetensors file of its weights, a folder with one, or the name of a model that
         ships with one. A scorer is trained for one model.
+    clip
+        For ``importance="clip-text"``: a `ClipText`.
     """
 
     paper = "arXiv:2602.13315"
@@ -74,9 +77,10 @@ class IDPruner(Pruner):
     parallel_k: int = 1
     importance_norm: str = "raw_minmax"
     scorer: str | None = None
+    clip: ClipText | None = None
 
     def __post_init__(self) -> None:
-        sources = (*importance.SOURCES, "scorer")
+        sources = (*importance.SOURCES, "scorer", "clip-text")
         if self.importance not in sources:
             raise ConfigError(f"importance={self.importance!r} is unknown; choose one of {', '.join(sources)}")
         if self.importance_norm not in NORMS:
@@ -91,6 +95,13 @@ class IDPruner(Pruner):
                 raise ConfigError(f"scorer={self.scorer!r} is a {type(self.scorer).__name__}; give its path as text")
             self.training_free = False  # type: ignore[misc]  # of this one, not of the method
             self.network = trained.load(self.scorer)
+        if (self.importance == "clip-text") != isinstance(self.clip, ClipText):
+            raise ConfigError(
+                f"importance={self.importance!r} and clip={self.clip!r} do not go together: "
+                'importance="clip-text" needs a vtprune.pruners.ClipText, and nothing else does'
+            )
+        if self.clip is not None:  # of this one, not of the method
+            self.__dict__.update(query_aware=True, mechanism=("query", "similarity"))
         lam = self.mmr_lambda
         if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam) or not 0 <= lam <= 1:
             raise ConfigError(f"mmr_lambda={lam!r} is no weight; give a number from 0 (diversity) to 1 (importance)")
@@ -99,7 +110,7 @@ class IDPruner(Pruner):
 
     @property
     def needs(self) -> frozenset[Probe]:
-        return importance.NEEDS.get(self.importance, frozenset())
+        return importance.NEEDS.get(self.importance, frozenset() if self.clip is None else frozenset({PRE_PROJECTOR}))
 
     @property
     def wants(self) -> frozenset[Probe]:
@@ -110,6 +121,8 @@ class IDPruner(Pruner):
             self._check_width(width)
         if self.importance == "zoo":
             ZooPruner().check_model(width, projector)
+        if self.clip is not None:
+            self.clip.check(projector)
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
@@ -122,6 +135,8 @@ class IDPruner(Pruner):
         return Selection.from_picks(picks, tokens, importance=source)
 
     def _importance(self, tokens: VisualTokens, lens: Sequence[int]) -> tuple[Tensor, str]:
+        if self.clip is not None:
+            return self.clip.score(tokens), "clip-text"
         if self.scorer is None:
             return importance.SOURCES[self.importance](tokens)
         self._check_width(tokens.features.shape[1])

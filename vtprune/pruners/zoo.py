@@ -379,8 +379,10 @@ _CURE = "load the projector in floating point on a device, or choose another met
 def _check_weights(projector: nn.Module) -> None:
     """Refuse weights that are not there, or not numbers to compute with."""
     for name, p in projector.named_parameters():
-        if p.is_meta or not p.is_floating_point():
-            state = "are offloaded" if p.is_meta else f"are quantised ({p.dtype})"
+        packed = type(p) not in (nn.Parameter, Tensor)  # torchao's weights are tensors of a class of their own
+        if p.is_meta or packed or not p.is_floating_point():
+            kind = type(p).__name__ if packed else p.dtype
+            state = "are offloaded" if p.is_meta else f"are quantised ({kind})"
             raise UnsupportedModelError(
                 f"'zoo' computes with the projector's weights, but those of {name!r} {state}; {_CURE}"
             )
