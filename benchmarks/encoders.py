@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vtprune
-from benchmarks.prefill import commit
 from vtprune.encoders.vit import block_flops
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models.pocket import easyvqa
 
 SHAPES, COLOURS = easyvqa.ANSWERS[2:5], easyvqa.ANSWERS[5:]
