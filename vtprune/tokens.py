@@ -75,14 +75,20 @@ class Stage:
         run (0-based), that is on the input of layer K + 1.
     keep
         Budget of this stage, where a method prunes in several steps; None takes the budget of the call.
+    reversible
+        Nothing is dropped: tokens that are not selected sit out the attention of layer K + 1, and are there again after
+        it. Inside the language model only.
     """
 
     layer: int | None = None
     keep: float | int | None = None
+    reversible: bool = False
 
     @property
     def name(self) -> str:
-        return "projector" if self.layer is None else f"layer {self.layer}"
+        if self.layer is None:
+            return "projector"
+        return f"attention of layer {self.layer + 1}" if self.reversible else f"layer {self.layer}"
 
 
 PROJECTOR = Stage()

@@ -99,11 +99,19 @@ def _rows(
     batch, width, _ = hidden.shape
     mask = call.state.masks[call.state.group(probe.layer)].to(hidden.device)
     past = mask.shape[1] - width
+    part = call.attending.get(probe.layer)
+    if part is not None and part.hidden is not None:
+        # Rows that sit this attention out are told what they would have been attended to, as if nobody had.
+        hidden, rotary = part.hidden, part.rotary
+        width = hidden.shape[1]
+        mask = torch.cat([mask[:, :past], call.packs[-1].valid.to(mask.device)], 1)
     cache = kwargs.get("past_key_values")
     if cache is None or (past == 0 and put_away(cache)):
         k = family.key_heads(attention, hidden, rotary)
     else:
         k = cache.layers[probe.layer].keys
+        if part is not None:
+            k = torch.cat([k[:, :, :past], family.key_heads(attention, hidden, rotary).to(k.dtype)], 2)
     if k.shape[2] != mask.shape[1]:
         raise UnsupportedModelError(
             f"layer {probe.layer} caches {k.shape[2]} keys where {mask.shape[1]} tokens were passed; pruning inside "
@@ -121,10 +129,10 @@ def _rows(
         step = max(1, CHUNK // (batch * family.lm.config.num_attention_heads * mask.shape[1]))
         for rows in every.split(step):
             at = (past + rows).expand(batch, -1).masked_fill(~real[:, rows], -1)
-            part = attention_rows(
+            sums = attention_rows(
                 heads(rows.expand(batch, -1)), k, scale=attention.scaling, mask=mask, slots=at, mean=True
             )
-            total += part * real[:, rows].sum(1, keepdim=True)
+            total += sums * real[:, rows].sum(1, keepdim=True)
         return total[slots // width, past + slots % width]
     query = hidden.new_full((batch, 1), width - 1, dtype=torch.int64)  # prompts end at the right
     inside = None
