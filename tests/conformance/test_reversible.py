@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens that sit out the attention of some layers, against a layer loop written by hand.
 
-In the loop every layer is taken apart: the rows that take part go through its attention by themselves, what comes out is
-added to them alone, and the FFN sees everybody. There is no cache and no hook in it.
+In the loop every layer is taken apart: the rows that take part go through its attention by themselves, what comes out
+is added to them alone, and the FFN sees everybody. There is no cache and no hook in it.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ class Sitting(Reference):
                     self.rows[i] = everyone[1][0].mean(0)[-1]  # of the last row, had all taken part
                 rotary = tuple(e[..., part, :] for e in (cos, sin))
                 mask = causal(int(part.sum()), x.dtype)
-                out = layer.self_attn(
-                    hidden_states=normed[:, part], position_embeddings=rotary, attention_mask=mask
-                )[0]
+                out = layer.self_attn(hidden_states=normed[:, part], position_embeddings=rotary, attention_mask=mask)[0]
                 x = x.clone()
                 x[part] += out[0]
                 x = x + layer.mlp(layer.post_attention_layernorm(x[None]))[0]
@@ -273,7 +271,9 @@ def test_after_a_method_before_the_language_model() -> None:
         kept[layer][slots] = False
         kept[layer][slots[record.kept_source]] = True
         kept[layer] = kept[layer][left]
-    short = Prompt(prompt.ids[left], prompt.embeds[left], prompt.positions[:, left], prompt.placeholder[left], prompt.newline[left])
+    short = Prompt(
+        prompt.ids[left], prompt.embeds[left], prompt.positions[:, left], prompt.placeholder[left], prompt.newline[left]
+    )
     assert_close(logits[0][left], ref.run(short, kept).logits, LOOSE)
     with pytest.raises(ConfigError, match="no other can drop them inside"):
         vtprune.apply(model, ["fastv", "tokensparse"], keep=0.5, layers=[3])
@@ -316,7 +316,8 @@ def test_gradients_flow_and_are_those_of_the_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    "layers, message", [([0, 2], "begin at 1"), ([2, 9], "the model has layers 0 to 4"), ([3, 2], "is no list of layers")]
+    "layers, message",
+    [([0, 2], "begin at 1"), ([2, 9], "the model has layers 0 to 4"), ([3, 2], "is no list of layers")],
 )
 def test_layers_that_cannot_be_are_refused(layers: list[int], message: str) -> None:
     model = tiny.build("llava")
