@@ -23,9 +23,9 @@ def test_work_is_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reversible, "PRICED", 1)
     model, processor = loaded(reversible.MODEL)
     family = find_family(model)
-    example = next(tasks.get("pocketvqa/pair").examples("test", 1, 0))
+    example = next(tasks.get("pocketvqa/basic").examples("test", 1, 0))
     inputs = controls.prepare(family, processor, [example])
-    prompt, config = reversible.prompts_of(reversible.MODEL, "pair")[0], model.config.text_config
+    prompt, config = reversible.prompts_of(reversible.MODEL, "basic")[0], model.config.text_config
     for method in (*reversible.REVERSIBLE, *reversible.FOR_GOOD):
         with runner.presented(family, processor, [example], inputs, runner.Method.parse(method), "1/3") as (given, _):
             model(**given, logits_to_keep=1)
@@ -50,7 +50,7 @@ def test_budgets_are_matched_to_the_nearest_thousandth() -> None:
 def test_a_table_has_chance_the_six_and_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "SIX", ("idpruner", "embedlens"))  # two of them do for a test
     monkeypatch.setattr(neighbours, "PRICED", 1)
-    given = ["--worlds", "basic", "--keep", "1/9", "--questions", "6", "--methods", "spatten"]
+    given = ["--worlds", "basic", "--keep", "1/9", "--questions", "2", "--methods", "spatten"]
     folders = ["--out", str(tmp_path), "--rows", str(tmp_path / "rows"), "--commit", "abc"]
     assert neighbours.main([*given, *folders]) == 0
     with (tmp_path / "neighbours-pocket-llava-cpu.csv").open(encoding="utf-8") as file:

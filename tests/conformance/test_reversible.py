@@ -108,8 +108,7 @@ def applied(model: nn.Module, case: str = "in a row", **settings: Any) -> Iterat
         yield handle
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, attention", [("default", "sdpa"), *(("in a row", a) for a in ATTENTIONS)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_equals_the_layer_loop(family: str, case: str, attention: str) -> None:
     model, ref = tiny.build(family, attention), by_hand(family)
@@ -120,8 +119,7 @@ def test_forward_equals_the_layer_loop(family: str, case: str, attention: str) -
         assert forward_error(model, ref, samples, tiny.collate(samples, side), "tokensparse") <= LOOSE
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case, family", [("in a row", "llava"), ("in a row", "qwen2_5_vl"), ("default", "llava")])
 def test_sixteen_steps_in_double_precision(family: str, case: str) -> None:
     model, ref = tiny.build(family, dtype=torch.float64), by_hand(family, torch.float64)
     sample = tiny.prompt(model, 3, seed=2)
@@ -134,8 +132,7 @@ def test_sixteen_steps_in_double_precision(family: str, case: str) -> None:
     assert_close(logits[0], expected_logits, FP64)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", FLASH])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, attention", [("llava", "sdpa"), ("qwen2_5_vl", FLASH)])
 def test_a_padded_batch_generates_as_recomputation_does(family: str, attention: str) -> None:
     model, ref = tiny.build(family, attention), by_hand(family)
     samples = tiny.mixed(model)
@@ -300,19 +297,17 @@ def test_the_lens_skips_sublayers_under_it() -> None:
 
 
 def test_gradients_flow_and_are_those_of_the_loop() -> None:
-    model, ref = tiny.build("llava"), by_hand("llava")
+    model = tiny.build("llava")
     sample = tiny.prompt(model, 1, seed=5)
     with applied(model), spy("tokensparse") as records:
         model(**sample).logits[0, -1].sum().backward()
     kept = kept_of(model, sample, records)[0]
     plain = tiny.build("llava")
-    plain.get_input_embeddings().weight.requires_grad_(True)
     Sitting(plain).run(Sitting(plain).prompt(sample), kept).logits[-1].sum().backward()
     for name in ("q_proj", "v_proj"):
         a, b = (getattr(m.model.language_model.layers[2].self_attn, name).weight.grad for m in (model, plain))
         assert a is not None and b is not None
         assert_close(a, b, LOOSE * float(b.abs().max()) + 1e-6)
-    assert ref is not None
 
 
 @pytest.mark.parametrize(
