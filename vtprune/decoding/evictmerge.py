@@ -111,8 +111,8 @@ def evictmerge(
 
     Notes
     -----
-    The first token of an answer is the unpruned model's: entries go after it. The cache must not be used once the block
-    is left, unless `vtprune.apply` is on the model; it refuses.
+    The block holds for its own thread. The first token of an answer is the unpruned model's: entries go after it. The
+    cache must not be used once the block is left, unless `vtprune.apply` is on the model; it refuses.
 
     Examples
     --------
