@@ -46,7 +46,17 @@ class Composed(Pruner):
         if any(max(one) > min(other) for one, other in pairwise(layers)):
             where = "; ".join(f"{m.name!r} at {', '.join(s.name for s in m.stages())}" for m in self.members)
             raise ConfigError(f"a method cannot begin before the one before it is done ({where}); choose another order")
-        self.at = tuple(Stage(None if at < 0 else at) for at in sorted({at for own in layers for at in own}))
+        own = [stage for m in self.members for stage in m.stages()]
+        sitting = {stage.layer for stage in own if stage.reversible}
+        if sitting and any(s.layer is not None and not s.reversible for s in own):
+            raise ConfigError(
+                f"{'+'.join(m.name for m in self.members)!r}: where one method lets tokens sit out the attention of a "
+                "layer, no other can drop them inside the language model; choose one that prunes before it"
+            )
+        self.at = tuple(
+            Stage(None if at < 0 else at, reversible=at in sitting)
+            for at in sorted({at for own in layers for at in own})
+        )
         # What a class says about itself, each instance says here.
         self.__dict__.update(
             name="+".join(m.name for m in self.members),

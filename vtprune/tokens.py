@@ -39,6 +39,7 @@ class Probe:
 
         ``"last_query_row"``: how much the last token of the prompt attends to each visual token, ``[T]``.
         ``"text_rows"``: how much each token of the question does, ``[T, max(text_lens)]``; 0 beyond the question.
+        ``"column_sums"``: how much all rows of the prompt do, pictures and all text, summed over them, ``[T]``.
         ``"hidden"``: what the layer puts out for each visual token, ``[T, D]``.
         ``"ffn_act"``: what feeds the down projection of the layer's FFN (activated gate times up), of *every* row of
         the prompts, ``[sum(prompt_lens), d_ff]``; those of the tokens are ``VisualTokens.prompt_rows``.
@@ -59,7 +60,7 @@ CLS_LOGITS = Probe("cls_row", softmax=False)
 LAST_CLS_LOGITS = Probe("cls_row", layer=-1, softmax=False)
 PRE_PROJECTOR = Probe("pre_projector")
 #: Attention rows of decoder layers, and all probes inside the language model.
-ATTENTION_ROWS = frozenset({"last_query_row", "text_rows"})
+ATTENTION_ROWS = frozenset({"last_query_row", "text_rows", "column_sums"})
 LAYER_PROBES = ATTENTION_ROWS | {"hidden", "ffn_act"}
 
 
@@ -74,14 +75,20 @@ class Stage:
         run (0-based), that is on the input of layer K + 1.
     keep
         Budget of this stage, where a method prunes in several steps; None takes the budget of the call.
+    reversible
+        Nothing is dropped: tokens that are not selected sit out the attention of layer K + 1, and are there again after
+        it. Inside the language model only.
     """
 
     layer: int | None = None
     keep: float | int | None = None
+    reversible: bool = False
 
     @property
     def name(self) -> str:
-        return "projector" if self.layer is None else f"layer {self.layer}"
+        if self.layer is None:
+            return "projector"
+        return f"attention of layer {self.layer + 1}" if self.reversible else f"layer {self.layer}"
 
 
 PROJECTOR = Stage()

@@ -12,15 +12,16 @@ from torch import nn
 from transformers import DynamicCache
 
 import vtprune
-from vtprune.decoding import core_neurons
+from vtprune.decoding import core_neurons, evictmerge
 from vtprune.eval import controls, tasks
 from vtprune.kernels import neuron_match
 from vtprune.models import find_family
 
 from .helpers import FLASH, Record, first_call, spy
-from .test_layer_methods import METHODS
+from .test_layer_methods import METHODS as DROPPING
 
 pytestmark = pytest.mark.gpu
+METHODS = {**DROPPING, "tokensparse": ("tokensparse", {"layers": [2, 3, 5]})}
 MODELS = {"pocket-llava": "pocketvqa/basic", "pocket-qwen2.5-vl": "pocketvqa/icl"}
 KEEP = 0.25
 
@@ -114,6 +115,21 @@ def test_decoding_equals_a_longer_prompt(case: str, attention: str) -> None:
             again = model(**whole).logits[:, -4:].float()
     for t, step in enumerate(steps):
         assert (step - again[:, t]).abs().max() <= 0.05 * again.abs().max(), t
+
+
+@torch.no_grad()
+def test_a_gpu_evicts_and_merges_what_a_cpu_does() -> None:
+    found = []
+    for device in ("cuda", "cpu"):
+        model, inputs = load("pocket-llava", "sdpa", torch.float32, device, 4)
+        with evictmerge(model, keep=KEEP):
+            cache = model(**inputs, use_cache=True).past_key_values
+            step = model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache).logits
+        found.append((step.float().cpu(), [layer.keys.cpu() for layer in cache.layers]))
+    (logits, keys), (plain, expected) = found
+    assert (logits - plain).abs().max() <= 0.05 * plain.abs().max()
+    for one, other in zip(keys, expected, strict=True):  # near ties apart
+        assert one.shape == other.shape and float(((one - other).abs().amax(-1) > 1e-2).float().mean()) <= 0.05
 
 
 @pytest.mark.parametrize("shape", [(4096, 11008), (3584, 18944)], ids=str)

@@ -52,12 +52,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "visual-exit": ("visual-exit", {"layer": 2}),
     "pyramiddrop": ("pyramiddrop", {}),
     "sparsevlm": ("sparsevlm", {"recycle": 0.0}),
+    "spatten": ("spatten", {}),
     "catp": ("catp", {}),
     "corematching": ("corematching", {}),
     "corematching top-k": ("corematching", {"mode": "top_k"}),
 }
 KEEP = 0.35
-LOOKS_AT_TEXT = ("fastv", "pyramiddrop", "sparsevlm", "catp", "corematching", "corematching top-k")
+LOOKS_AT_TEXT = ("fastv", "pyramiddrop", "sparsevlm", "spatten", "catp", "corematching", "corematching top-k")
 
 
 @contextmanager
@@ -343,6 +344,7 @@ def test_a_turn_in_which_a_sample_says_nothing(case: str) -> None:
         ("visual-exit", {"layer": tiny.LAYERS}),
         ("pyramiddrop", {"layers": [1, 9]}),
         ("sparsevlm", {"layers": [9]}),
+        ("spatten", {"layers": [1, 9]}),
         ("catp", {"layer": tiny.LAYERS - 2}),
         ("corematching", {"layer": 7}),
     ],

@@ -23,7 +23,11 @@ from vtprune.tokens import Probe, Stage, VisualTokens
 from .helpers import ATTENTIONS, placeholder_mask, spy, twin
 
 LAYERS = (0, 1, 2)
-PROBES = [Probe(name, layer) for name in ("last_query_row", "text_rows", "hidden", "ffn_act") for layer in LAYERS]
+PROBES = [
+    Probe(name, layer)
+    for name in ("last_query_row", "text_rows", "column_sums", "hidden", "ffn_act")
+    for layer in LAYERS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +80,7 @@ def expected(model: Any, sample: tiny.Inputs) -> dict[Probe, Tensor]:
         mean = out.attentions[layer][0].mean(0)
         found[Probe("last_query_row", layer)] = mean[-1, slots]
         found[Probe("text_rows", layer)] = mean[text][:, slots].T
+        found[Probe("column_sums", layer)] = mean.sum(0)[slots]
         found[Probe("hidden", layer)] = out.hidden_states[layer + 1][0, slots]
         found[Probe("ffn_act", layer)] = acts[layer][0]
     return found

@@ -259,7 +259,7 @@ class Session:
         gone = [n - c for n, c in zip(lost, peaks, strict=True)]
         if not any(gone):
             return
-        state = pos.state_of(cache) or self._fresh_state(cache, step)
+        state = pos.state_of(cache) or fresh_state(cache, step, self.family.mrope)
         if kind == VISUAL and len(state.masks) > 1:
             raise InputError(
                 f"select={self.select!r} does not combine with pruning inside the language model, whose layers hold "
@@ -333,28 +333,29 @@ class Session:
         gone = among & (size[..., 0] == 0)
         return torch.zeros_like(drop).scatter(2, rows, gone.view_as(rows))
 
-    def _fresh_state(self, cache: Any, step: Step) -> pos.CacheState:
-        """What the engine has to know of a cache in which nothing was dropped so far."""
-        length = int(cache.get_seq_length())
-        device = cache.layers[0].keys.device
-        valid = step.valid(0, length).to(device)
-        new = valid[:, step.past :]
-        positions = step.positions
-        if positions is None:
-            positions = pos.contiguous(1, length - step.past, step.past, device)
-        positions = pos.without_text_row(positions).to(device)
-        positions = positions.expand(*positions.shape[:-2], step.batch, -1)
-        following = pos.last_position(positions, new) + 1
-        return pos.CacheState(
-            masks={0: valid},
-            full={0: step.mask is None or bool(valid.all())},
-            length=length,
-            floor=length,
-            prompt_length=length,
-            next_original=following,
-            next_position=following,
-            mrope=self.family.mrope,
-        )
+
+def fresh_state(cache: Any, step: Step, mrope: bool) -> pos.CacheState:
+    """What the engine has to know of a cache in which nothing was dropped so far."""
+    length = int(cache.get_seq_length())
+    device = cache.layers[0].keys.device
+    valid = step.valid(0, length).to(device)
+    new = valid[:, step.past :]
+    positions = step.positions
+    if positions is None:
+        positions = pos.contiguous(1, length - step.past, step.past, device)
+    positions = pos.without_text_row(positions).to(device)
+    positions = positions.expand(*positions.shape[:-2], step.batch, -1)
+    following = pos.last_position(positions, new) + 1
+    return pos.CacheState(
+        masks={0: valid},
+        full={0: step.mask is None or bool(valid.all())},
+        length=length,
+        floor=length,
+        prompt_length=length,
+        next_original=following,
+        next_position=following,
+        mrope=mrope,
+    )
 
 
 @contextmanager

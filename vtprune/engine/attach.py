@@ -15,7 +15,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -30,7 +30,7 @@ from ..config import PruneConfig
 from ..errors import ConfigError, InputError, UnsupportedModelError, VTPruneError, VTPruneWarning
 from ..models.base import PIXEL_KEYS, Family
 from ..tokens import ATTENTION_ROWS, LAYER_PROBES, Probe, Stage
-from . import layer_probes, probes
+from . import layer_probes, probes, reversible
 from . import positions as pos
 from .call import Call, Encoded, Job
 from .entry import hold_back
@@ -85,6 +85,7 @@ class Engine:
         self.handles: list[Any] = []
         self.first_hooked_layer = len(family.lm.layers)
         self.hooked_probes: set[Probe] = set()
+        self.hooked_attention: set[int] = set()
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.graphs: PrefillGraphs | None = None
         self.no_graphs = ""
@@ -136,6 +137,7 @@ class Engine:
             handle.remove()
         self.handles, self.first_hooked_layer = [], len(self.family.lm.layers)
         self.hooked_probes.clear()
+        self.hooked_attention.clear()
         self.tap.detach()
         self.family.inner.__dict__.pop(ATTRIBUTE, None)
         for cache in self.caches:
@@ -175,6 +177,7 @@ class Engine:
         self.tap.hook(wanted)
         if job.layer_stages:
             self._hook_layers(min(job.layer_stages))
+        self._hook_attention(layer for layer, stage in job.layer_stages.items() if stage.reversible)
         self._hook_layer_probes(inside)
         if config.compile is not None:
             self._make_graphs()
@@ -214,7 +217,7 @@ class Engine:
                 f"choose a layer in 0..{last - 1}"
             )
         deep = len(getattr(self.family.config.vision_config, "deepstack_visual_indexes", None) or ())
-        if stage.layer < deep - 1:
+        if stage.layer < deep - 1 and not stage.reversible:
             raise ConfigError(
                 f"method {config.method!r} prunes after layer {stage.layer}, but the model adds features of the "
                 f"encoder to the visual tokens up to layer {deep - 1} (DeepStack); choose a layer from {deep - 1} on"
@@ -227,6 +230,15 @@ class Engine:
                 if probe not in self.hooked_probes:
                     self.handles.append(layer_probes.hook(self.family, probe, lambda: self.local.call))
                     self.hooked_probes.add(probe)
+
+    def _hook_attention(self, wanted: Iterable[int]) -> None:
+        """Make sure that tokens can sit out the attention of these layers."""
+        with LOCK:
+            for layer in wanted:
+                if layer not in self.hooked_attention:
+                    attention = self.family.lm.layers[layer].self_attn
+                    self.handles += reversible.hook(attention, layer, lambda: self.local.call)
+                    self.hooked_attention.add(layer)
 
     def _hook_layers(self, first: int) -> None:
         """Hook every decoder layer from `first` on, once."""
@@ -370,6 +382,7 @@ class Engine:
                 rows.tolist(),
                 call.trace,
                 call.counts,
+                call.attending_rows,
                 self.family.config.text_config,
                 call.compiled,
             )

@@ -23,6 +23,7 @@ from .report import Trace
 if TYPE_CHECKING:
     from .entry import Entry
     from .probes import Fetched
+    from .reversible import Attending
 
 
 class Encoded(Exception):
@@ -53,7 +54,7 @@ class Job:
 
     @property
     def layer_stages(self) -> dict[int, Stage]:
-        """Stages inside the language model, by the layer whose input they prune."""
+        """Stages inside the language model, by the layer whose input, or attention, they prune."""
         return {s.layer + 1: s for s in self.stages if s.layer is not None}
 
     def keeps_everything(self, tokens: VisualTokens) -> bool:
@@ -136,6 +137,8 @@ class Call:
         The text model was called by itself.
     layer_inputs, layer_masks
         What layers above a stage get in place of what the text model passes.
+    attending, attending_rows
+        By layer, who takes part in its attention where some sit it out, and how many rows of each sample.
     entry
         Where visual tokens enter between two layers, what enters and where.
     marks
@@ -167,10 +170,17 @@ class Call:
     direct: bool = False
     layer_inputs: dict[str, Any] = field(default_factory=dict)
     layer_masks: dict[int, Tensor | None] = field(default_factory=dict)
+    attending: dict[int, Attending] = field(default_factory=dict)
+    attending_rows: dict[int, list[int]] = field(default_factory=dict)
     entry: Entry | None = None
     marks: dict[Any, Any] = field(default_factory=dict)
     watched: bool = False
     compiled: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> Tensor | None:
+        """Flat rows of the unpruned tokens that no stage has dropped; None: all of them."""
+        return next((done.kept for done in reversed(self.trace) if not done.stage.reversible), None)
 
     def set_sequence(self, kw: dict[str, Any], embeds: Tensor, positions: Tensor) -> None:
         """Hand the text model its rows, an explicit mask, contiguous positions, and the true ones to its rotary.

@@ -3,6 +3,7 @@
 
 No layer runs twice and no attention map is asked of the model. An attention row is recomputed from the layer's own
 query of that one token and the keys that the layer has just cached, so it is the same under every attention backend.
+Sums over the rows of a whole prompt are made a few rows at a time, and never hold its map either.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from .prefill import gather
 
 if TYPE_CHECKING:
     from .call import Call
+
+#: Most attention weights that are held at once while those of a whole prompt are summed up (fp32, 64 MiB).
+CHUNK = 1 << 24
 
 
 def hook(family: Family, probe: Probe, active: Callable[[], Call | None]) -> Any:
@@ -88,29 +92,53 @@ def _slots(call: Call, device: torch.device) -> Tensor:
 def _rows(
     call: Call, family: Family, probe: Probe, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """``[T]`` for the last row of the prompt, ``[T, Q]`` for those of the question."""
+    """``[T]`` for the last row of the prompt, or the sum of all; ``[T, Q]`` for those of the question."""
     assert call.state is not None and call.tokens is not None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     rotary = kwargs["position_embeddings"]
     batch, width, _ = hidden.shape
     mask = call.state.masks[call.state.group(probe.layer)].to(hidden.device)
     past = mask.shape[1] - width
-    query = hidden.new_full((batch, 1), width - 1, dtype=torch.int64)  # prompts end at the right
-    inside = None
-    if probe.name == "text_rows":
-        query, inside = _text_queries(call, batch, width, hidden.device)
-    q = family.query_heads(attention, gather(hidden, query, 1), tuple(gather(e, query, e.ndim - 2) for e in rotary))
+    part = call.attending.get(probe.layer)
+    if part is not None and part.hidden is not None:
+        # Rows that sit this attention out are told what they would have been attended to, as if nobody had.
+        hidden, rotary = part.hidden, part.rotary
+        width = hidden.shape[1]
+        mask = torch.cat([mask[:, :past], call.packs[-1].valid.to(mask.device)], 1)
     cache = kwargs.get("past_key_values")
     if cache is None or (past == 0 and put_away(cache)):
         k = family.key_heads(attention, hidden, rotary)
     else:
         k = cache.layers[probe.layer].keys
+        if part is not None:
+            k = torch.cat([k[:, :, :past], family.key_heads(attention, hidden, rotary).to(k.dtype)], 2)
     if k.shape[2] != mask.shape[1]:
         raise UnsupportedModelError(
             f"layer {probe.layer} caches {k.shape[2]} keys where {mask.shape[1]} tokens were passed; pruning inside "
             "the language model needs a dynamic cache, which a compressor may shorten only after vtprune (apply first)"
         )
     slots = _slots(call, hidden.device)
+
+    def heads(rows: Tensor) -> Tensor:
+        turned = tuple(gather(e, rows, e.ndim - 2) for e in rotary)
+        return family.query_heads(attention, gather(hidden, rows, 1), turned)
+
+    if probe.name == "column_sums":
+        total = torch.zeros(batch, mask.shape[1], device=hidden.device)
+        every, real = torch.arange(width, device=hidden.device), mask[:, past:]
+        step = max(1, CHUNK // (batch * family.lm.config.num_attention_heads * mask.shape[1]))
+        for rows in every.split(step):
+            at = (past + rows).expand(batch, -1).masked_fill(~real[:, rows], -1)
+            sums = attention_rows(
+                heads(rows.expand(batch, -1)), k, scale=attention.scaling, mask=mask, slots=at, mean=True
+            )
+            total += sums * real[:, rows].sum(1, keepdim=True)
+        return total[slots // width, past + slots % width]
+    query = hidden.new_full((batch, 1), width - 1, dtype=torch.int64)  # prompts end at the right
+    inside = None
+    if probe.name == "text_rows":
+        query, inside = _text_queries(call, batch, width, hidden.device)
+    q = heads(query)
     at = query + past if inside is None else (query + past).masked_fill(~inside, -1)
     rows = attention_rows(q, k, scale=attention.scaling, mask=mask, slots=at)  # [B, Q, kv]
     picked = rows.transpose(1, 2)[slots // width, past + slots % width]

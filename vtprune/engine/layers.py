@@ -3,23 +3,25 @@
 
 A stage prunes the input of a layer, in a hook on that layer. The text model's loop knows nothing of it and goes on to
 hand out full-length positions and masks, so every layer above the first stage is given its own. No layer runs twice.
+Stages that are reversible prune what enters one layer's attention instead (`reversible`).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedModelError
-from ..tokens import Stage
+from ..tokens import Selection, Stage, VisualTokens
 from . import positions as pos
 from .layer_probes import row_of
-from .prefill import gather, pack
+from .prefill import Pack, gather, pack
 from .report import Trace
+from .reversible import Attending
 
 if TYPE_CHECKING:
     from .call import Call
@@ -77,13 +79,20 @@ def enter_layer(call: Call, layer: int, hidden: Tensor, kw: dict[str, Any], impl
     if layer == group:
         if call.entry is not None and call.entry.layer == layer:
             hidden = bring_in(call, call.entry, hidden, kw)
+        for earlier in call.attending.values():
+            earlier.hidden = None
         stage = call.job.layer_stages.get(layer) if call.job is not None and call.packs else None
-        if stage is not None:
-            hidden = prune_layer(call, stage, layer, hidden, kw)
+        if stage is not None and stage.reversible:
+            queries = sit_out(call, stage, layer, hidden, kw)
+        else:
+            hidden = hidden if stage is None else prune_layer(call, stage, layer, hidden, kw)
+            queries = hidden.shape[1]
         mask, full = call.state.masks[group], call.state.full[group]
         mask = mask.to(hidden.device)
-        call.layer_masks[group] = layer_mask(implementation, mask, full, hidden.shape[1], hidden.dtype)
+        call.layer_masks[group] = layer_mask(implementation, mask, full, queries, hidden.dtype)
     kw.update(call.layer_inputs)
+    if layer in call.attending:
+        kw.update(call.attending[layer].inputs)
     kw["attention_mask"] = call.layer_masks[group]
     return hidden
 
@@ -126,8 +135,31 @@ def prune_cache(call: Call, cache: Any) -> None:
     call.state = replace(state, masks=masks, full=full, length=state.length - gone, floor=state.floor - gone)
 
 
-def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[str, Any]) -> Tensor:
-    """Drop visual rows of ``hidden [B, P, D]``; returns ``[B, P', D]``."""
+class Chosen(NamedTuple):
+    """What a stage inside the language model chose of a packed batch ``[B, P]``.
+
+    Parameters
+    ----------
+    tokens, selection
+        What the pruner was shown, and what it said.
+    keep : Tensor
+        ``[B, P]`` bool, rows that stay: the selection, and all that is no visual token.
+    slots : Tensor
+        The selection as packed slots ``sample * P + slot``.
+    plan, counts
+        How the rows that stay would be packed, and how many each sample has.
+    """
+
+    tokens: VisualTokens
+    selection: Selection
+    keep: Tensor
+    slots: Tensor
+    plan: Pack
+    counts: list[int]
+
+
+def choose(call: Call, stage: Stage, hidden: Tensor) -> Chosen:
+    """Let the pruner choose among the visual rows of ``hidden [B, P, D]``, and note what it did."""
     job, state, tokens, slots = call.job, call.state, call.tokens, call.slots
     assert job is not None and state is not None and tokens is not None and slots is not None
     batch, width, dim = hidden.shape
@@ -139,7 +171,7 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
         tokens, features=flat[slots].detach(), text=text, prompt_rows=rows, prompt_lens=tuple(call.counts[-1])
     ).to(hidden.device)  # this layer may be on another device than the one before
     selection, kept = job.select(tokens, stage, batch)
-    alive = call.trace[-1].kept.to(hidden.device) if call.trace else torch.arange(len(slots), device=hidden.device)
+    alive = torch.arange(len(slots), device=hidden.device) if call.alive is None else call.alive.to(hidden.device)
     order = None if selection.order is None else alive[selection.order]
     call.trace.append(Trace(stage, alive[selection.index], order, selection.info))
 
@@ -154,12 +186,19 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
             f"sample {int(emptied.argmax())} has pictures and no text, and {job.config.label!r} leaves nothing of it; "
             "add text, or choose another method"
         )
-    plan = pack(keep, counts.tolist())
+    return Chosen(tokens, selection, keep, slots, pack(keep, counts.tolist()), counts.tolist())
+
+
+def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[str, Any]) -> Tensor:
+    """Drop visual rows of ``hidden [B, P, D]``; returns ``[B, P', D]``."""
+    tokens, selection, _, slots, plan, counts = choose(call, stage, hidden)
+    state, (batch, width, dim) = call.state, hidden.shape
+    assert state is not None
     if selection.features is not None:
         merged = selection.features.to(hidden.dtype)
         hidden = hidden.reshape(-1, dim).index_copy(0, slots, merged).view(batch, width, dim)
     call.packs.append(plan)
-    call.counts.append(counts.tolist())
+    call.counts.append(counts)
     call.tokens = tokens.subset(selection.index, selection.cu_seqlens)
     call.slots = plan.move(slots)
     call.text_slots = None if call.text_slots is None else plan.move(call.text_slots.to(hidden.device))
@@ -173,20 +212,45 @@ def prune_layer(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[s
     )
     now = {**kw, **call.layer_inputs}
     rotary = tuple(gather(e, plan.index, e.ndim - 2) for e in now["position_embeddings"])
-    set_layer_inputs(call, now, rotary, plan.index.shape, hidden.device)
+    call.layer_inputs = inputs_of(call, now, rotary, plan.index.shape, hidden.device)
     return gather(hidden, plan.index, 1)
 
 
-def set_layer_inputs(
+def sit_out(call: Call, stage: Stage, layer: int, hidden: Tensor, kw: dict[str, Any]) -> int:
+    """Let the pruner say who takes part in the attention of `layer`; returns Q, with padding."""
+    chosen = choose(call, stage, hidden)
+    plan, width, state = chosen.plan, hidden.shape[1], call.state
+    assert state is not None
+    call.attending_rows[layer] = chosen.counts
+    past = state.masks[layer][:, : state.masks[layer].shape[1] - width]
+    call.state = replace(
+        state,
+        masks={**state.masks, layer: torch.cat([past, plan.valid.to(past.device)], 1)},
+        full={**state.full, layer: plan.full and (state.full[layer] or not past.numel())},
+    )
+    now = {**kw, **call.layer_inputs}
+    everyone = now["position_embeddings"]
+    rotary = tuple(gather(e, plan.index, e.ndim - 2) for e in everyone)
+    call.attending[layer] = Attending(
+        into=plan.index.masked_fill(~plan.valid, -1),
+        back=plan.slot_of.masked_fill(~chosen.keep, -1),
+        inputs=inputs_of(call, now, rotary, plan.index.shape, hidden.device),
+        rotary=everyone,
+    )
+    return plan.index.shape[1]
+
+
+def inputs_of(
     call: Call, now: dict[str, Any], rotary: tuple[Tensor, ...], shape: tuple[int, ...], device: torch.device
-) -> None:
-    """What layers from here on get with ``shape = [B, P]`` rows, in place of what they were given up to `now`."""
-    call.layer_inputs = {"position_embeddings": rotary}
+) -> dict[str, Any]:
+    """What a layer gets with ``shape = [B, P]`` rows, in place of what it was given up to `now`."""
+    inputs: dict[str, Any] = {"position_embeddings": rotary}
     # Attention backends read these two only for their lengths and for borders between packed sequences.
     if now.get("position_ids") is not None:
-        call.layer_inputs["position_ids"] = pos.contiguous(shape[0], shape[1], call.past, device)
+        inputs["position_ids"] = pos.contiguous(shape[0], shape[1], call.past, device)
     if now.get("cache_position") is not None:  # older transformers (5.0, 4.57)
-        call.layer_inputs["cache_position"] = call.past + torch.arange(shape[1], device=device)
+        inputs["cache_position"] = call.past + torch.arange(shape[1], device=device)
+    return inputs
 
 
 def bring_in(call: Call, entry: Entry, hidden: Tensor, kw: dict[str, Any]) -> Tensor:
@@ -213,5 +277,5 @@ def bring_in(call: Call, entry: Entry, hidden: Tensor, kw: dict[str, Any]) -> Te
     if entry.positions.ndim == 2:
         call.rotary = entry.positions  # the rotary embedding is hooked, and takes them from here
     rotary = entry.rotary(rows, entry.positions)
-    set_layer_inputs(call, {**kw, **call.layer_inputs}, rotary, plan.index.shape, hidden.device)
+    call.layer_inputs = inputs_of(call, {**kw, **call.layer_inputs}, rotary, plan.index.shape, hidden.device)
     return rows

@@ -174,7 +174,10 @@ def prune_prompt(
     call.slots = plan.move(position)
     call.text_slots = None if call.text_slots is None else plan.move(call.text_slots)
     masks, full = (before.masks, before.full) if before is not None else past_masks(kw, call.past, valid)
-    first_layers = {*masks, *(job.layer_stages if job is not None else ())}
+    stages = {} if job is None else job.layer_stages
+    # Where tokens sit out one layer's attention, the next has a cache of its own again.
+    after = {layer + 1 for layer, stage in stages.items() if stage.reversible and layer + 1 < len(family.lm.layers)}
+    first_layers = {*masks, *stages, *after}
     below = {first: max(k for k in masks if k <= first) for first in sorted(first_layers)}
     call.state = pos.CacheState(
         masks={first: torch.cat([masks[k], plan.valid], 1) for first, k in below.items()},

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -71,7 +71,8 @@ class Report:
     images
         One `ImageReport` per image, in prompt order.
     tokens_in, tokens_out, ratio
-        Visual tokens that came out of the projector, those that were left after the last stage, and their quotient.
+        Visual tokens that came out of the projector, those that were left after the last stage, and their quotient. Of
+        a reversible method: those that take part in the last attention that others sit out.
     stages
         Names of the stages that fired, for example ``("projector",)``; empty where every token was kept.
     flops_before, flops_after
@@ -114,17 +115,19 @@ class Report:
         return "\n".join([*lines, *self.notes])
 
 
-def prefill_flops(rows: int, config: Any) -> int:
+def prefill_flops(rows: int, config: Any, attending: int | None = None) -> int:
     """FLOPs of one decoder layer over `rows` rows: ``2n[d dh (2H + 2Hkv) + 3 d m] + 4 n n H dh``.
 
     The first term is the projections (q, k, v, o and a gated FFN), the second the attention products, not halved for
-    causality. Embedding, norms and the head are left out.
+    causality. Embedding, norms and the head are left out. Where only `attending` rows take part in the attention, n is
+    that but for the FFN.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or hidden // heads
-    projections = hidden * head * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
-    return 2 * rows * projections + 4 * rows * rows * heads * head
+    n = rows if attending is None else attending
+    attention = 2 * n * hidden * head * (2 * heads + 2 * kv_heads) + 4 * n * n * heads * head
+    return attention + 2 * rows * 3 * hidden * config.intermediate_size
 
 
 def image_reports(
@@ -178,6 +181,7 @@ def make_report(
     rows: Sequence[int],
     trace: Sequence[Trace],
     counts: Sequence[Sequence[int]],
+    attending: Mapping[int, Sequence[int]],
     text_config: Any,
     compiled: dict[str, str],
 ) -> Report:
@@ -191,6 +195,8 @@ def make_report(
         One entry per stage that fired.
     counts
         Rows of each sample after packing and after each layer stage; empty where nothing was packed.
+    attending
+        By layer, rows of each sample in its attention, where some sit it out.
     compiled
         As in `Report`.
     """
@@ -206,12 +212,14 @@ def make_report(
             order[chosen] = np.arange(len(chosen))
     images = image_reports(layout, kept, order)
     num_layers = text_config.num_hidden_layers
-    borders = [0, *(t.stage.layer + 1 for t in trace if t.stage.layer is not None), num_layers]
+    dropped = [t.stage.layer + 1 for t in trace if t.stage.layer is not None and not t.stage.reversible]
+    borders = [0, *dropped, num_layers]
     steps = counts or [rows]
     flops_after = sum(
-        (end - start) * prefill_flops(n, text_config)
+        prefill_flops(int(n), text_config, attending[layer][sample] if layer in attending else None)
         for start, end, step in zip(borders[:-1], borders[1:], steps, strict=True)
-        for n in step
+        for layer in range(start, end)
+        for sample, n in enumerate(step)
     )
     keep = config.budget().keep
     notes = [

@@ -128,8 +128,8 @@ def _silence(engine: Engine, key: object, _module: nn.Module, _args: tuple[Any, 
         return None
     hidden = out[0] if isinstance(out, tuple) else out
     chosen = call.marks[key]
-    if call.trace:  # under pruning: of those that are left
-        chosen = chosen[call.trace[-1].kept]
+    if call.alive is not None:  # under pruning: of those that are left
+        chosen = chosen[call.alive]
     mask = torch.zeros(hidden.shape[0] * hidden.shape[1], dtype=torch.bool, device=hidden.device)
     mask = mask.index_copy(0, call.slots.to(hidden.device), chosen.to(hidden.device))
     hidden = hidden.masked_fill(mask.view(*hidden.shape[:2], 1), 0)

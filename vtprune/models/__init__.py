@@ -55,7 +55,7 @@ def served(method: type[Pruner]) -> dict[str, str]:
 
     def word(family: type[Family]) -> str:
         depth, first = family.usual_layers
-        early = any(s.layer is not None and s.layer < first for s in pruner.fit(depth).stages())
+        early = any(s.layer is not None and s.layer < first and not s.reversible for s in pruner.fit(depth).stages())
         return "no" if early or not needs <= family.probes else "yes" if wants <= family.probes else "stand-in"
 
     return {kind: word(family) for family in FAMILIES for kind in family.model_types}
