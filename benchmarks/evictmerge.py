@@ -24,12 +24,12 @@ import transformers
 from torch import Tensor
 
 import vtprune
-from benchmarks.prefill import commit
 from benchmarks.tables import write
 from benchmarks.vasparse import PAIRS, pictures, prompts, share
 from vtprune.budget import parse_keep
 from vtprune.decoding import evictmerge
 from vtprune.eval import runner
+from vtprune.eval.runner import current_commit as commit
 
 #: Name -> options of `evictmerge`; None: no block at all.
 METHODS: dict[str, dict[str, Any] | None] = {

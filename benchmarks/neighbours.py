@@ -26,10 +26,10 @@ import torch
 
 import vtprune
 from benchmarks.papers import rows_of
-from benchmarks.prefill import commit
 from benchmarks.side_by_side import Job, default_workers, loaded, side_by_side
 from benchmarks.tables import RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
 from vtprune.eval import controls, runner, tasks
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family
 
 #: What the neighbours come after: IDPruner, ZOO-Prune, GlobalCom2, CATP, CoreMatching and EmbedLens, each at the budget
