@@ -138,7 +138,7 @@ class Lens:
         try:
             import pandas
         except ImportError as error:
-            raise VTPruneError(f"to_pandas() needs pandas ({error}); pip install pandas, or use records()") from None
+            raise VTPruneError(f"to_pandas() needs pandas ({error}); pip install 'vtprune[lens]', or use records()") from None
         return pandas.DataFrame(list(self.records()))
 
     def to_json(self) -> str:
