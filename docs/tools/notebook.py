@@ -47,10 +47,10 @@ def run(book: dict[str, Any]) -> dict[str, Any]:
 def _shown(value: Any) -> dict[str, Any]:
     """A value as a notebook shows it: a picture, a table, or text."""
     shown: dict[str, Any] = {"text/plain": [repr(value)]}
-    if hasattr(value, "save") and hasattr(value, "quantize"):  # a picture; a palette keeps the file small
+    if hasattr(value, "save") and hasattr(value, "quantize"):  # a picture
         with io.BytesIO() as file:
-            value.quantize(128).save(file, "PNG", optimize=True)
-            shown["image/png"] = base64.b64encode(file.getvalue()).decode()
+            value.save(file, "JPEG", quality=70)
+            shown["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
         shown["text/plain"] = [f"<picture of {value.width} x {value.height}>"]
     elif hasattr(value, "_repr_html_"):
         shown["text/html"] = value._repr_html_().splitlines(keepends=True)
@@ -68,8 +68,8 @@ def markdown(text: str) -> str:
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
             data = output.get("data", {})
-            if "image/png" in data:
-                parts.append(f'<img src="data:image/png;base64,{data["image/png"]}" alt="What the cell above draws">')
+            if "image/jpeg" in data:
+                parts.append(f'<img src="data:image/jpeg;base64,{data["image/jpeg"]}" alt="What the cell above draws">')
             elif "text/html" in data:
                 parts.append("".join(data["text/html"]))
             else:

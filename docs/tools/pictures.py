@@ -44,7 +44,7 @@ class Prompt:
     seed: int = 0
 
 
-PICTURE = Prompt("pocket-llava", "pocketvqa/basic", 0, "one picture")
+PICTURE = Prompt("pocket-llava", "pocketvqa/basic", 1, "one picture")
 CROPS = Prompt("pocket-llava-next", "pocketvqa/hires", 0, "a large picture: its thumbnail and its crops")
 CLIP = Prompt("pocket-qwen2.5-vl", "pocketvqa/video", 0, "a clip")
 SHOWN = Prompt("pocket-qwen2.5-vl", "pocketvqa/icl", 0, "demonstrations, and the picture that is asked about last")
@@ -105,14 +105,15 @@ def draw(method: str) -> Image.Image:
         viz.overlay(viz.seen_image(processor, _inputs(prompt), picture, i), image, method)
         for i, (picture, image) in enumerate(zip(pictures, report.images, strict=True))
     ]
-    return sheets[0] if len(sheets) == 1 else _beside(sheets)
+    return sheets[0] if len(sheets) == 1 else _in_rows(sheets)
 
 
-def _beside(sheets: list[Image.Image]) -> Image.Image:
-    width, height = sum(s.width for s in sheets), max(s.height for s in sheets)
-    result = Image.new("RGB", (width, height), (255, 255, 255))
+def _in_rows(sheets: list[Image.Image], columns: int = 3) -> Image.Image:
+    """Pictures of one size side by side."""
+    width, height = sheets[0].size
+    result = Image.new("RGB", (columns * width, -(-len(sheets) // columns) * height), (255, 255, 255))
     for i, sheet in enumerate(sheets):
-        result.paste(sheet, (sum(s.width for s in sheets[:i]), 0))
+        result.paste(sheet, (i % columns * width, i // columns * height))
     return result
 
 
