@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from vtprune.registry import Pruner
 from . import tables
 
 DOCS = Path(__file__).parents[1]
+#: What `pictures` drew.
+KEPT = DOCS / "methods" / "kept.json"
 #: Sections that the written half of a page must have.
 SECTIONS = ("Idea", "Formula", "Cost")
 
@@ -39,11 +42,23 @@ def picture_of(method: str) -> str:
 def complete(method: str, written: str) -> str:
     """The whole page in Markdown."""
     cls = ours()[method]
+    # What the picture shows goes under it.
+    written = re.sub(r"^!\[.*\)$", lambda match: f"{match[0]}\n\n{caption(method)}", written, flags=re.MULTILINE)
     parts = [written.rstrip(), "## In vtprune", _facts(cls), _options(cls)]
     if differs := _paper(cls):
         parts += ["## The paper, and what differs here", differs]
     parts += ["## Our numbers", tables.of_method(method)]
     return "\n\n".join(parts) + "\n"
+
+
+def caption(method: str) -> str:
+    """What the picture of a method shows."""
+    fact = json.loads(KEPT.read_text(encoding="utf-8"))[method]
+    stages = " and ".join("before the language model" if s == "projector" else f"after {s}" for s in fact["stages"])
+    return (
+        f"*`{fact['model']}` on {fact['prompt']}, asked “{fact['question']}”. With `keep={fact['keep']}`, "
+        f"{fact['tokens_out']} of {fact['tokens_in']} visual tokens are left; the others go {stages}.*"
+    )
 
 
 def _facts(cls: type[Pruner]) -> str:
@@ -63,7 +78,7 @@ def _facts(cls: type[Pruner]) -> str:
         **{f"families: {word}": f"{', '.join(names)} ({SERVED[word]})" for word, names in kinds.items()},
         "source": f"`{cls.__module__.replace('.', '/')}.py`",
     }
-    return tables.markdown(["", ""], [[name, text] for name, text in facts.items()])
+    return "\n".join(f"- **{name}**: {text}" for name, text in facts.items())
 
 
 def _options(cls: type[Pruner]) -> str:

@@ -28,7 +28,6 @@ from vtprune.engine.report import Report
 from vtprune.eval import controls, tasks
 from vtprune.models import find_family
 
-KEPT = pages.DOCS / "methods" / "kept.json"
 KEEP = "1/9"
 WIDTH = 560
 
@@ -117,21 +116,11 @@ def _in_rows(sheets: list[Image.Image], columns: int = 3) -> Image.Image:
     return result
 
 
-def caption(method: str) -> str:
-    """The line under the picture."""
-    fact = json.loads(KEPT.read_text(encoding="utf-8"))[method]
-    where = " and ".join("before the language model" if s == "projector" else f"after {s}" for s in fact["stages"])
-    return (
-        f"`{fact['model']}` on {fact['prompt']}, asked “{fact['question']}”: {fact['tokens_out']} of "
-        f"{fact['tokens_in']} visual tokens kept (`keep={fact['keep']}`), {where or 'nowhere'}."
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD")
     methods = parser.parse_args(arguments).methods or list(pages.ours())
-    known = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    known = json.loads(pages.KEPT.read_text(encoding="utf-8")) if pages.KEPT.exists() else {}
     (pages.DOCS / "methods" / "img").mkdir(exist_ok=True)
     for method in methods:
         known[method] = facts(method)
@@ -142,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         picture.save(pages.DOCS / pages.picture_of(method), "WEBP", quality=72, method=6)
         print(method, known[method]["tokens_out"], "of", known[method]["tokens_in"])
     lines = [f" {json.dumps(name)}: {json.dumps(known[name], ensure_ascii=False)}" for name in sorted(known)]
-    KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    pages.KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return 0
 
 

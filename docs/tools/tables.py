@@ -120,6 +120,7 @@ def speed(wanted: Callable[[str], bool] = lambda _: True) -> str:
         if not any(wanted(r["method"]) for r in these if r["method"] not in ("dense", "ideal")):
             continue
         shown = [r for r in these if r["method"] in ("dense", "ideal", "random", "grid") or wanted(r["method"])]
+        shown.sort(key=lambda r: float(r["ttft_ms_p50"]))
         body = [
             [
                 code(r["method"]) + (f" {r['batch']} at once" if r["batch"] != "1" else ""),
