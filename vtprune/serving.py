@@ -47,5 +47,7 @@ def vllm_flags(config: PruneConfig) -> list[str]:
     usual = PruneConfig(method=config.method, keep=config.keep)
     changed = [name for name in ("scope", "allocation") if getattr(config, name) != getattr(usual, name)]
     if changed:
-        raise ConfigError(f"vLLM cannot change {' and '.join(changed)} of {config.method!r}; leave out what you changed")
+        raise ConfigError(
+            f"vLLM cannot change {' and '.join(changed)} of {config.method!r}; leave out what you changed"
+        )
     return ["--video-pruning-rate", f"{1 - config.keep:.6g}", "--video-pruning-method", str(config.method)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mkdocs does besides: method pages, tables, the notebook, formulas, and files of the repository that pages link to."""
+"""What mkdocs does besides: method pages, tables, the notebook, formulas, files of the repository that are linked."""
 
 from __future__ import annotations
 
@@ -24,10 +24,20 @@ REPOSITORY = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])|(?<=src=\")([^\":]+)(?=\")")
 
 
+#: Where pages go that mkdocs.yml does not place; any other goes to the guides.
+PLACES = {"results.md": "What we measured", "security.md": "Extend"}
+
+
 def on_config(config: Any) -> Any:
-    """A place in the navigation for each method."""
-    group = next(entry for entry in config.nav if "Each method" in entry)
-    group["Each method"] = [{name: pages.page_of(name)} for name in pages.ours()]
+    """A place in the navigation for each method, and for pages that nobody placed."""
+    groups: dict[str, list[Any]] = {}
+    for entry in config.nav:
+        groups |= {title: group for title, group in entry.items() if isinstance(group, list)}
+    groups["Each method"] += [{name: pages.page_of(name)} for name in pages.ours()]
+    placed = str(config.nav)
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        if f"'{path.name}'" not in placed:
+            groups[PLACES.get(path.name, "Guides")].append(path.name)
     return config
 
 
@@ -37,6 +47,10 @@ def on_files(files: Files, config: Any) -> Files:
         for wanted in (pages.page_of(name), pages.picture_of(name)):
             if files.get_file_from_path(wanted) is None:
                 raise PluginError(f"method {name} has no docs/{wanted}; see docs/add-a-method.md")
+    known = {pages.page_of(name) for name in pages.ours()}
+    for file in list(files):  # a page may be written before its method
+        if file.src_uri.startswith("methods/") and file.src_uri.endswith(".md") and file.src_uri not in known:
+            files.remove(file)
     book = files.get_file_from_path("lens.ipynb")
     if book is not None:  # a page like any other
         files.remove(book)
@@ -119,5 +133,3 @@ def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
 
     pattern = r'<(div|span) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>'
     return re.sub(pattern, drawn, content, flags=re.DOTALL)
-
-

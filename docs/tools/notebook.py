@@ -32,7 +32,9 @@ def run(book: dict[str, Any]) -> dict[str, Any]:
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         with contextlib.redirect_stdout(io.StringIO()) as said:
             exec(compile(tree, f"<cell {count}>", "exec"), names)
-            value = None if last is None else eval(compile(ast.Expression(last.value), f"<cell {count}>", "eval"), names)
+            value = (
+                None if last is None else eval(compile(ast.Expression(last.value), f"<cell {count}>", "eval"), names)
+            )
         cell["execution_count"] = count
         cell["outputs"] = []
         if said.getvalue():

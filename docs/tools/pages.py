@@ -74,7 +74,7 @@ def _facts(cls: type[Pruner]) -> str:
         "looks at the question": yes_no[pruner.query_aware],
         "needs no training": yes_no[pruner.training_free],
         "finds its own count": yes_no[pruner.adaptive],
-        "spreads its budget": f"`allocation=\"{pruner.allocation}\"`",
+        "spreads its budget": f'`allocation="{pruner.allocation}"`',
         **{f"families: {word}": f"{', '.join(names)} ({SERVED[word]})" for word, names in kinds.items()},
         "source": f"`{cls.__module__.replace('.', '/')}.py`",
     }
