@@ -21,6 +21,8 @@ PACKAGE = Path(vtprune.__file__).parent
 PUBLIC = ("vtprune", *(f"vtprune.{name}" for name in ("bench", "decoding", "eval", "lens", "viz", "serving", "video")))
 #: What nobody imports: inside the engine, the commands and the demo, and the scripts that train the pocket models.
 INSIDE = ("cli/", "demo/", "engine/", "models/pocket/")
+#: Methods whose name says it: hooks go on, and come off.
+PLAIN = {"attach", "detach"}
 #: Objects that users get and do not make.
 GIVEN = {"vtprune.Handle"}
 
@@ -34,7 +36,12 @@ def _undocumented(path: Path) -> Iterator[str]:
                 continue
             name = prefix + node.name
             decorators = {ast.unparse(d) for d in node.decorator_list}
-            if ast.get_docstring(node) is None and not inherits and "overload" not in decorators:
+            if (
+                ast.get_docstring(node) is None
+                and not inherits
+                and node.name not in PLAIN
+                and "overload" not in decorators
+            ):
                 yield name
             if isinstance(node, ast.ClassDef):
                 # A method of a subclass is told by its base.

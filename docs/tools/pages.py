@@ -54,10 +54,13 @@ def complete(method: str, written: str) -> str:
 def caption(method: str) -> str:
     """What the picture of a method shows."""
     fact = json.loads(KEPT.read_text(encoding="utf-8"))[method]
-    stages = " and ".join("before the language model" if s == "projector" else f"after {s}" for s in fact["stages"])
+    where = {"projector": "go before the language model"}
+    stages = " and ".join(
+        where.get(s, f"sit out the {s}" if s.startswith("attention") else f"go after {s}") for s in fact["stages"]
+    )
     return (
         f"*`{fact['model']}` on {fact['prompt']}, asked “{fact['question']}”. With `keep={fact['keep']}`, "
-        f"{fact['tokens_out']} of {fact['tokens_in']} visual tokens are left; the others go {stages}.*"
+        f"{fact['tokens_out']} of {fact['tokens_in']} visual tokens are left; the others {stages}.*"
     )
 
 
