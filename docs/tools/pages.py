@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import vtprune
-from vtprune.cli.methods import SERVED
 from vtprune.models import served
 from vtprune.registry import Pruner
 
 from . import tables
 
 DOCS = Path(__file__).parents[1]
+#: What the words of `vtprune.models.served` mean here.
+RUNS = {"yes": "runs on", "stand-in": "runs, with something in place of the CLS token, on", "no": "refused on"}
 #: What `pictures` drew.
 KEPT = DOCS / "methods" / "kept.json"
 #: Sections that the written half of a page must have.
@@ -78,7 +79,7 @@ def _facts(cls: type[Pruner]) -> str:
         "needs no training": yes_no[pruner.training_free],
         "finds its own count": yes_no[pruner.adaptive],
         "spreads its budget": f'`allocation="{pruner.allocation}"`',
-        **{f"families: {word}": f"{', '.join(names)} ({SERVED[word]})" for word, names in kinds.items()},
+        **{RUNS[word]: ", ".join(names) for word, names in kinds.items()},
         "source": f"`{cls.__module__.replace('.', '/')}.py`",
     }
     return "\n".join(f"- **{name}**: {text}" for name, text in facts.items())

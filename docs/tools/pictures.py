@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of each method: an embedded model is run on one prompt, and what the method keeps is drawn.
 
-    python -m docs.tools.pictures                 # all, on two CPU cores a minute
+    python -m docs.tools.pictures                 # all, on a CPU core two minutes
     python -m docs.tools.pictures idpruner norm   # these
 
 ``docs/methods/kept.json`` has the tokens that were kept, which a test compares with what is kept today.
