@@ -20,15 +20,17 @@ def test_every_method_has_a_page_and_a_picture() -> None:
     from docs.tools import pages
 
     known = json.loads(pages.KEPT.read_text(encoding="utf-8"))
-    for name in pages.ours():
+    for name, cls in pages.ours().items():
         page = ROOT / "docs" / pages.page_of(name)
         assert page.is_file(), f"{name} has no docs/{pages.page_of(name)}; docs/add-a-method.md says what it must have"
         text = page.read_text(encoding="utf-8")
         assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [*pages.SECTIONS], name
-        assert text.startswith(f"# {name}: ") and f"](img/{Path(pages.picture_of(name)).name})" in text
-        assert (ROOT / "docs" / pages.picture_of(name)).is_file() and name in known, (
-            f"{name} has no picture; run python -m docs.tools.pictures {name}"
-        )
+        assert text.startswith(f"# {name}: ")
+        if cls.training_free or name in known:  # one that must be trained first may have nothing to show yet
+            assert f"](img/{Path(pages.picture_of(name)).name})" in text
+            assert (ROOT / "docs" / pages.picture_of(name)).is_file() and name in known, (
+                f"{name} has no picture; run python -m docs.tools.pictures {name}"
+            )
 
 
 def test_pages_say_what_the_class_and_the_results_say() -> None:

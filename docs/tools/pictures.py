@@ -119,8 +119,11 @@ def _in_rows(sheets: list[Image.Image], columns: int = 3) -> Image.Image:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD")
-    methods = parser.parse_args(arguments).methods or list(pages.ours())
     known = json.loads(pages.KEPT.read_text(encoding="utf-8")) if pages.KEPT.exists() else {}
+    # A method that must be trained first is drawn where somebody asks for it.
+    methods = parser.parse_args(arguments).methods or [
+        n for n, c in pages.ours().items() if c.training_free or n in known
+    ]
     (pages.DOCS / "methods" / "img").mkdir(exist_ok=True)
     for method in methods:
         known[method] = facts(method)
