@@ -21,8 +21,8 @@ PACKAGE = Path(vtprune.__file__).parent
 PUBLIC = ("vtprune", *(f"vtprune.{name}" for name in ("bench", "decoding", "eval", "lens", "viz", "serving", "video")))
 #: What nobody imports: inside the engine, the commands and the demo, and the scripts that train the pocket models.
 INSIDE = ("cli/", "demo/", "engine/", "models/pocket/")
-#: Methods whose name says it: hooks go on, and come off.
-PLAIN = {"attach", "detach"}
+#: Methods whose name says it.
+PLAIN = {"attach", "detach", "name", "to_json"}
 #: Objects that users get and do not make.
 GIVEN = {"vtprune.Handle"}
 

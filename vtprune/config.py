@@ -112,7 +112,6 @@ class PruneConfig:
         return self.method if isinstance(self.method, str) else " + ".join(self.method)
 
     def to_json(self) -> str:
-        """All fields as a JSON object; `from_json` reads it."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod

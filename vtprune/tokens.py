@@ -81,7 +81,6 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """For reports: ``"projector"``, or ``"layer K"``."""
         return "projector" if self.layer is None else f"layer {self.layer}"
 
 
