@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SPEC := pyproject.toml constraints.txt
-SOURCES := vtprune tests examples benchmarks
+SOURCES := vtprune tests examples benchmarks docs/tools docs/lens.ipynb
 
 IMAGE ?= examples/shapes.png
 QUESTION ?= what does the text say ?
@@ -15,10 +15,11 @@ KEEP ?= 1/4
 OVERLAY ?= kept.png
 PYTEST_ARGS ?=
 PORT ?= 7860
+BENCH ?= pocket-llava --keep 1/4 --keep 1/9
 # Versions of transformers; "installed" is the one that `make test` runs with.
 MATRIX ?= 4.57.6 5.0.0 installed
 
-.PHONY: ask demo test test-gpu test-matrix lint format clean help
+.PHONY: ask demo test test-gpu test-matrix lint type format bench docs docs-serve release clean help
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -30,7 +31,7 @@ ask: $(VENV)/installed  ## install, then ask the embedded model about a picture,
 demo: $(VENV)/installed-demo  ## install with the demo's extras, then serve the demo on this machine
 	$(BIN)/vtprune demo --port $(PORT)
 
-test: lint  ## install with the dev extras, lint, then run the whole test suite
+test: lint type  ## install with the dev extras, lint, check types, then run the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/installed-dev  ## run the tests that need a CUDA device
@@ -39,14 +40,28 @@ test-gpu: $(VENV)/installed-dev  ## run the tests that need a CUDA device
 test-matrix: $(VENV)/installed-dev  ## a part of the conformance suite under each supported transformers (MATRIX)
 	.ci/matrix $(BIN)/python $(MATRIX)
 
-lint: $(VENV)/installed-dev  ## ruff (rules and format) and mypy
+lint: $(VENV)/installed-dev  ## ruff, rules and format
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+type: $(VENV)/installed-dev  ## mypy, strict
 	$(BIN)/mypy
 
 format: $(VENV)/installed-dev  ## fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/installed  ## time, memory and FLOPs of a model on this machine (BENCH: what `vtprune bench` is given)
+	$(BIN)/vtprune bench $(BENCH)
+
+docs: $(VENV)/installed-docs  ## build the site into build/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/installed-docs  ## serve the site on this machine while writing
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+release: $(VENV)/installed-dev  ## build, try and check a release, and tag nothing (RELEASE=--tag: tag it)
+	.ci/release $(BIN)/python $(RELEASE)
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) $(VENV)-transformers-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -66,4 +81,8 @@ $(VENV)/installed-dev: $(SPEC) | $(BIN)/python
 
 $(VENV)/installed-demo: $(SPEC) | $(BIN)/python
 	$(PIP) -e '.[demo]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(SPEC) | $(BIN)/python
+	$(PIP) -e '.[docs]'
 	@touch $@ $(VENV)/installed

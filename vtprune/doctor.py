@@ -27,7 +27,7 @@ PIXELS = ("pixel_values", "pixel_values_videos")
 class Check(NamedTuple):
     """One line of the list.
 
-    Parameters
+    Attributes
     ----------
     name
         What was looked at.

@@ -181,14 +181,17 @@ class VisualTokens:
 
     @property
     def device(self) -> torch.device:
+        """Where the features are."""
         return self.features.device
 
     @property
     def num_images(self) -> int:
+        """Pictures and clips of the batch."""
         return len(self.image_sample)
 
     @property
     def num_samples(self) -> int:
+        """Samples up to the last that has a picture."""
         return max(self.image_sample, default=-1) + 1
 
     @property
@@ -257,6 +260,7 @@ class VisualTokens:
         return replace(self, **moved) if moved else self
 
     def with_probes(self, probes: dict[Probe, Tensor]) -> VisualTokens:
+        """The same tokens with more probes."""
         return replace(self, probes={**self.probes, **probes})
 
 

@@ -121,7 +121,7 @@ def test_easy_vqa_of_another_version_is_refused(monkeypatch):
 
 def test_easy_vqa_missing_or_unknown_split(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(ConfigError, match="pip install easy-vqa"):
+    with pytest.raises(ConfigError, match=r"pip install 'vtprune\[pocket\]'"):
         easyvqa.load("test")
     with pytest.raises(ConfigError, match="unknown split 'val'"):
         easyvqa.load("val")

@@ -28,6 +28,7 @@ class Clock:
         self.on_gpu = device.type == "cuda"
 
     def mark(self) -> Any:
+        """A point in time, for `milliseconds`."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -35,9 +36,11 @@ class Clock:
         return event
 
     def milliseconds(self, start: Any, end: Any) -> float:
+        """Time between two marks, once the device has passed them."""
         return float(start.elapsed_time(end)) if self.on_gpu else 1000 * (end - start)
 
     def wait(self) -> None:
+        """Until the device has done all that it was given."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 

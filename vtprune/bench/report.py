@@ -71,6 +71,7 @@ def lines_of(model: nn.Module, case: Case, configs: Sequence[Configured], compil
 
 
 def write(rows: Sequence[Row], out: Path) -> None:
+    """Write rows to a ``.json`` or a CSV file."""
     if out.suffix.lower() == ".json":
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
         return

@@ -36,7 +36,17 @@ BURST = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt shape: `batch` samples with one picture of `size` pixels and `text` other rows each."""
+    """One prompt shape.
+
+    Parameters
+    ----------
+    batch
+        Samples, with one picture each.
+    size
+        Height and width of the picture in pixels; None: what the model usually sees.
+    text
+        Rows of a sample that are not visual tokens.
+    """
 
     batch: int = 1
     size: tuple[int, int] | None = None
@@ -45,7 +55,37 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table. Times are milliseconds; None where something was not measured. See docs/bench.md."""
+    """One line of a table. None where something was not measured. docs/bench.md has more on each.
+
+    Parameters
+    ----------
+    device, torch, transformers, model, dtype, attention, compile
+        What ran, and on what; `compile` is ``"graph"`` or empty.
+    batch, concurrency
+        Samples per request, and requests at once.
+    visual_tokens, text_tokens
+        Of one sample, before pruning.
+    method, keep, kept
+        The line, its budget, and the visual tokens that were left.
+    runs
+        Timed runs.
+    ttft_ms_p50, ttft_ms_p90, lm_ms_p50, lm_ms_p90
+        Milliseconds to the first token and of the language model's part of it: median, and 9 of 10 runs.
+    vision_ms, score_ms, pack_ms
+        Milliseconds of the vision tower, of choosing, and of projector and packing.
+    tpot_ms
+        Milliseconds of one decoding step.
+    peak_mib, weights_mib, kv_bytes
+        Memory: allocated at most, of the weights alone, and of the cache.
+    lm_gflop, lm_gflop_counted, gflop_counted
+        Work of the prefill: of the language model by formula, and as counted, and all of it.
+    joules
+        Energy of a prefill.
+    samples_per_s
+        Throughput.
+    ran_as
+        How the parts ran where graphs were asked for.
+    """
 
     device: str
     torch: str
@@ -93,7 +133,15 @@ class Running:
 
 @dataclass
 class Line:
-    """Something to measure; ``enter()`` puts it on the model for as long as the block lasts."""
+    """Something to measure.
+
+    Parameters
+    ----------
+    method, keep, kept, visual_tokens, compile
+        As in `Row`.
+    enter
+        Puts it on the model for as long as the block lasts.
+    """
 
     method: str
     keep: str
@@ -104,7 +152,15 @@ class Line:
 
 
 def dense(model: nn.Module, inputs: dict[str, Any]) -> Line:
-    """The model as it is, without hooks."""
+    """The model as it is, without hooks.
+
+    Parameters
+    ----------
+    model
+        A stock transformers model of a supported family.
+    inputs
+        Of `make_inputs`.
+    """
     total = visual_tokens(model, inputs)
 
     @contextmanager
@@ -144,7 +200,19 @@ def _smaller_size(model: nn.Module, case: Case, keep: float) -> tuple[int, int]:
 
 
 def pruned(model: nn.Module, inputs: dict[str, Any], config: PruneConfig, keep: str, name: str = "") -> Line:
-    """The model with a method on it."""
+    """The model with a method on it.
+
+    Parameters
+    ----------
+    model
+        A stock transformers model of a supported family.
+    inputs
+        Of `make_inputs`.
+    config
+        Method and budget.
+    keep, name
+        What the row calls the budget and the method; `name` is by default the method's own.
+    """
     tokens = visual_tokens(model, inputs)
 
     @contextmanager
@@ -158,7 +226,21 @@ def pruned(model: nn.Module, inputs: dict[str, Any], config: PruneConfig, keep: 
 
 def ideal(model: nn.Module, inputs: dict[str, Any], keep: float | int, label: str, compile: str | None = None) -> Line:
     """What no method can beat: pixels through the vision tower, and `keep` of the tokens straight into the language
-    model, without being looked at. With `compile`, both as the graphs that a method would run."""
+    model, without being looked at.
+
+    Parameters
+    ----------
+    model
+        A stock transformers model of a supported family.
+    inputs
+        Of `make_inputs`.
+    keep
+        As in `vtprune.apply`.
+    label
+        What the row calls it.
+    compile
+        ``"graph"``: both as the graphs that a method would run.
+    """
     family = find_family(model)
     total = visual_tokens(model, inputs)
     kept = kept_tokens(Budget(keep), total)
@@ -226,12 +308,21 @@ def _stock(model: nn.Module, inputs: dict[str, Any]) -> Running:
 
 
 def visual_tokens(model: nn.Module, inputs: dict[str, Any]) -> int:
-    """Visual tokens of each sample's picture."""
+    """Visual tokens of each sample's picture.
+
+    Parameters
+    ----------
+    model
+        A stock transformers model of a supported family.
+    inputs
+        Of `make_inputs`.
+    """
     family = find_family(model)
     return len(family.layouts("image", inputs)[0].rank)
 
 
 def kept_tokens(budget: Budget, total: int) -> int:
+    """Tokens that a budget leaves of `total`."""
     keep = budget.keep
     return min(total, keep) if isinstance(keep, int) else max(1, math.floor(total * keep + 1e-6))
 
@@ -259,6 +350,10 @@ def measure(
 
     Parameters
     ----------
+    model, name, case
+        What runs, what rows call it, and on which prompt.
+    lines
+        Of `dense`, `ideal` and `pruned`.
     seconds
         Time for the timed runs of all lines together; each has `min_runs` of them, whatever they take, and at most
         `MAX_RUNS`.
@@ -512,6 +607,15 @@ def keep_for(
     """The most tokens a picture may keep so that the first token comes within `target_ms` on this machine.
 
     By bisection over the count; each try is the median of a few prefills.
+
+    Parameters
+    ----------
+    model, case, config
+        What runs, on which prompt, under which method; the budget of `config` does not count.
+    target_ms
+        Milliseconds.
+    say
+        Called with a line of progress for each try.
 
     Returns
     -------

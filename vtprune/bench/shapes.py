@@ -41,6 +41,8 @@ def build(name: str, device: torch.device, dtype: torch.dtype | None = None, att
     ----------
     name
         One of `PRESETS`, an embedded model, a checkpoint folder or a hub name.
+    device
+        Where it is made.
     dtype
         Default bf16 on a GPU, fp32 elsewhere.
     attention
@@ -142,6 +144,8 @@ def make_inputs(
 
     Parameters
     ----------
+    model
+        A stock transformers model of a supported family.
     batch
         Samples.
     size

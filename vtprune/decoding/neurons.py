@@ -59,6 +59,7 @@ class CoreNeurons:
         self.before: dict[int, Any] = {}
 
     def attach(self) -> None:
+        """Put the hooks on the model."""
         lm = self.family.lm
         self.handles = [
             lm.register_forward_pre_hook(self._enter, with_kwargs=True),

@@ -106,12 +106,14 @@ class Session:
 
     @property
     def step(self) -> Step:
+        """The forward that runs now in this thread."""
         assert self.local.step is not None
         return self.local.step
 
     # -- on and off ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
+        """Put the hooks on the model; refuse one that has them, or cannot have them."""
         inner, lm = self.family.inner, self.family.lm
         if getattr(inner, _ATTRIBUTE, None) is not None:
             raise ConfigError("vasparse is on this model already; leave its block before entering another")
@@ -135,6 +137,7 @@ class Session:
         setattr(inner, _ATTRIBUTE, self)
 
     def detach(self) -> None:
+        """Take the hooks off again."""
         self.active = False
         for handle in self.handles:
             handle.remove()

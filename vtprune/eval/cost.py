@@ -38,11 +38,13 @@ class Clock:
         self.start = time.perf_counter()
 
     def put(self, _tokens: Any) -> None:
+        """Called with each token; the first call brings the prompt."""
         self.calls += 1
         if self.calls == 2:  # the first call brings the prompt
             self.first_token_ms = self.elapsed_ms()
 
     def end(self) -> None:
+        """Nothing is left to do."""
         pass
 
     def elapsed_ms(self) -> float:

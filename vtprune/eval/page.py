@@ -59,11 +59,13 @@ class Axis:
     show: Callable[[float], str]
 
     def at(self, value: float) -> float:
+        """Where a value lies, in pixels."""
         f = math.log if self.log else float
         low, high = f(self.low), f(self.high)
         return self.start + (f(value) - low) / ((high - low) or 1) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
+        """Round values along the axis."""
         if self.log:
             steps = [m * 10.0**e for e in range(-3, 7) for m in (1, 2, 5)]
             found = [value for value in steps if self.low <= value <= self.high]

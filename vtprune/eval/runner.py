@@ -579,6 +579,7 @@ def _row(example: Example, method: Method, keep: str, given: str, before: int, a
 
 
 def write(file: Any, rows: Sequence[Row]) -> None:
+    """Append rows to an open file, one JSON object a line."""
     file.writelines(json.dumps(row) + "\n" for row in rows)
     file.flush()
 

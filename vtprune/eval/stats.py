@@ -89,7 +89,17 @@ def interval(value: float, drawn: np.ndarray, level: float = LEVEL) -> Interval:
 def accuracy(
     correct: np.ndarray, kinds: Sequence[str], *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0
 ) -> list[Interval]:
-    """Mean over kinds with its interval, for each column of ``correct [E, M]``; see `bootstrap`."""
+    """Mean over kinds with its interval, of each method.
+
+    Parameters
+    ----------
+    correct : np.ndarray
+        ``[E, M]`` scores from 0 to 1 of M methods on the same E questions.
+    kinds
+        Kind of each question.
+    level, draws, seed
+        Of the interval, as in `bootstrap`.
+    """
     drawn = bootstrap(correct, kinds, draws, seed)
     return [interval(value, drawn[:, m], level) for m, value in enumerate(macro(correct, kinds))]
 
@@ -103,6 +113,16 @@ def difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval:
-    """How much more of the same questions `first` answers than `second` (both ``[E]``), mean over kinds."""
+    """How much more of the same questions one method answers than another, mean over kinds.
+
+    Parameters
+    ----------
+    first, second : np.ndarray
+        ``[E]`` scores from 0 to 1 of each.
+    kinds
+        Kind of each question.
+    level, draws, seed
+        Of the interval, as in `bootstrap`.
+    """
     gain = (np.asarray(first, float) - np.asarray(second, float))[:, None]
     return accuracy(gain, kinds, level=level, draws=draws, seed=seed)[0]

@@ -115,7 +115,17 @@ def _rank(label: str) -> int:
 
 
 def to_csv(table: Sequence[Row], path: str | Path, about: Row | None = None) -> None:
-    """Write a summary, shares with four decimals; `about` (for example parts of the header) goes before each row."""
+    """Write a summary, shares with four decimals.
+
+    Parameters
+    ----------
+    table
+        Of `summarise`.
+    path
+        Where to.
+    about
+        Columns that go before each row, such as parts of the header.
+    """
     rows = [{**(about or {}), **{key: _rounded(value) for key, value in row.items()}} for row in table]
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))

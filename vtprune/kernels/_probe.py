@@ -14,5 +14,6 @@ def _kernel(out):  # type: ignore[no-untyped-def]
 
 
 def run(device: torch.device) -> None:
+    """Compile and run the smallest kernel on a device."""
     with torch.cuda.device(device):
         _kernel[(1,)](torch.empty(1, dtype=torch.int32, device=device))

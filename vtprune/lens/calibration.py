@@ -179,6 +179,7 @@ class Calibration:
     # -- files --------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
+        """All fields as a JSON object; `from_dict` reads it."""
         text = json.dumps(asdict(self), indent=2)
         # Lists of numbers on one line each: a mean has thousands.
         return re.sub(r"\[\s+([-+.\de,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"

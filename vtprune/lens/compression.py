@@ -71,6 +71,8 @@ def patches(
     ----------
     kind
         ``"object"`` (which shape), ``"color"`` (of which colour), ``"count"`` (how many squares) or ``"character"``.
+    count
+        How many pictures.
     rows, columns
         Visual tokens of the picture: 24 x 24 for LLaVA-1.5 at 336 pixels, which its processor then leaves as it is.
     patch

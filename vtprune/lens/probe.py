@@ -138,7 +138,9 @@ class Lens:
         try:
             import pandas
         except ImportError as error:
-            raise VTPruneError(f"to_pandas() needs pandas ({error}); pip install pandas, or use records()") from None
+            raise VTPruneError(
+                f"to_pandas() needs pandas ({error}); pip install 'vtprune[lens]', or use records()"
+            ) from None
         return pandas.DataFrame(list(self.records()))
 
     def to_json(self) -> str:
@@ -320,6 +322,7 @@ def spell(tokenizer: Any, number: int) -> str:
 
 
 def views_of(tokens: VisualTokens) -> tuple[View, ...]:
+    """A `View` for each segment."""
     parts = zip(tokens.seg_image, tokens.seg_kind, tokens.seg_grid, tokens.seg_box, tokens.seqlens, strict=True)
     return tuple(View(tokens.image_sample[image], image, *rest) for image, *rest in parts)  # type: ignore[arg-type]
 

@@ -398,17 +398,21 @@ class ClipTowerMixin:
 
     @property
     def projector(self) -> Any:
+        """The module that makes projected rows."""
         return self.inner.multi_modal_projector
 
     @property
     def tower(self) -> Any:
+        """The vision transformer."""
         return compat.clip_tower(self.inner.vision_tower)
 
     @property
     def has_cls(self) -> bool:
+        """Whether it has a CLS token."""
         return hasattr(self.tower.embeddings, "class_embedding")
 
     def cls_hooks(self, probe: Probe, put: Put) -> list[Any] | None:
+        """Hooks that capture what the CLS token attends to."""
         layers = self.tower.encoder.layers
         if not self.has_cls or not -len(layers) <= probe.layer < len(layers):
             return None

@@ -22,6 +22,8 @@ from .internvl import run_lengths
 
 
 class Idefics3(Family):
+    """Idefics3 and SmolVLM."""
+
     model_types = ("idefics3", "smolvlm")
     label = "Idefics3 / SmolVLM"
     text_model = "text_model"

@@ -20,6 +20,8 @@ from .base import Family, ImageLayout, joined, single_view
 
 
 class InternVL(Family):
+    """InternVL in the format of transformers."""
+
     model_types = ("internvl",)
     label = "InternVL"
 

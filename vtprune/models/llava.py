@@ -17,6 +17,8 @@ from .base import ClipTowerMixin, Family, ImageLayout, Put, single_view
 
 
 class Llava(ClipTowerMixin, Family):
+    """LLaVA 1.5, with a CLIP, SigLIP or Pixtral tower."""
+
     model_types = ("llava",)
     label = "LLaVA"
 

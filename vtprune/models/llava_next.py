@@ -19,6 +19,8 @@ from .base import ClipTowerMixin, Family, ImageLayout, Put, unique_layouts
 
 
 class LlavaNext(ClipTowerMixin, Family):
+    """LLaVA-NeXT: AnyRes."""
+
     model_types = ("llava_next",)
     label = "LLaVA-NeXT"
 

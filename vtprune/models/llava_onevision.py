@@ -22,6 +22,8 @@ from .llava_next import crop_boxes
 
 
 class LlavaOnevision(Family):
+    """LLaVA-OneVision: AnyRes, pictures and video."""
+
     model_types = ("llava_onevision",)
     label = "LLaVA-OneVision"
 

@@ -20,6 +20,8 @@ from .base import Family, ImageLayout, Put, single_view, unique_layouts
 
 
 class Pixtral(Family):
+    """A LLaVA with a Pixtral tower."""
+
     model_types = ("pixtral",)
     label = "Pixtral"
     #: Patches on a side of what becomes one token.
@@ -55,6 +57,8 @@ class Pixtral(Family):
 
 
 class Mistral3(Pixtral):
+    """Mistral 3: a Pixtral tower and a merger."""
+
     model_types = ("mistral3",)
     label = "Mistral 3"
 

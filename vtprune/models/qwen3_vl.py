@@ -14,6 +14,8 @@ from .qwen_vl import QwenVL
 
 
 class Qwen3VL(QwenVL):
+    """Qwen3-VL: DeepStack, and times between frames."""
+
     model_types = ("qwen3_vl",)
     label = "Qwen3-VL"
     usual_layers = (36, 2)

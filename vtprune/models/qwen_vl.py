@@ -19,6 +19,8 @@ from .base import Family, ImageLayout, raster, unique_layouts
 
 
 class QwenVL(Family):
+    """Qwen2-VL and Qwen2.5-VL."""
+
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
     label = "Qwen2-VL / Qwen2.5-VL"
     mrope = True

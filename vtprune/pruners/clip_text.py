@@ -73,9 +73,7 @@ class ClipText:
         try:
             import open_clip
         except ModuleNotFoundError:
-            raise ConfigError(
-                "importance='clip-text' needs open_clip: pip install open_clip_torch, or vtprune[encoders]"
-            ) from None
+            raise ConfigError("importance='clip-text' needs open_clip: pip install 'vtprune[encoders]'") from None
         if not (Path(folder) / "open_clip_config.json").is_file():
             raise ConfigError(f"{folder} has no open_clip_config.json; give the folder of an open_clip checkpoint")
         name = f"local-dir:{folder}"

@@ -29,6 +29,8 @@ GAP = 10
 
 
 class Panel(NamedTuple):
+    """A picture, and what to draw on it."""
+
     title: str
     picture: Image.Image
     segments: Sequence[SegmentReport]
@@ -67,6 +69,7 @@ def overlay(image: Image.Image | Sequence[Image.Image], report: ImageReport, met
 
 
 def panels_of(image: Image.Image | Sequence[Image.Image], report: ImageReport) -> Iterator[Panel]:
+    """One panel per frame, or one for the thumbnail and one for the crops."""
     frames = [s for s in report.segments if s.kind == "frame"]
     if frames:
         pictures = [image] if isinstance(image, Image.Image) else list(image)
@@ -233,6 +236,7 @@ def legend(items: Sequence[tuple[Image.Image | None, str]], width: int) -> Image
 
 
 def stack(panels: Sequence[Image.Image], columns: int, legend: Image.Image) -> Image.Image:
+    """Panels in rows, with the legend below."""
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [max(p.height for p in row) for row in rows]
     width = max(legend.width, *(sum(p.width for p in row) + GAP * (len(row) - 1) for row in rows))

@@ -14,11 +14,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .sprites import NAMES, SIZE, atlas
+
+T = TypeVar("T")
 
 GRID = 6
 CELL = 56
@@ -199,7 +202,7 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def unique(values: list) -> set:
+def unique(values: list[T]) -> set[T]:
     """The values that occur once."""
     return {value for value in values if values.count(value) == 1}
 

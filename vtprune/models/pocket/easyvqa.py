@@ -79,7 +79,7 @@ def load(split: str) -> EasyVQA:
     try:
         package = importlib.import_module("easy_vqa")
     except ModuleNotFoundError:
-        raise ConfigError("easy-VQA needs the package easy-vqa: pip install easy-vqa") from None
+        raise ConfigError("easy-VQA needs the package easy-vqa: pip install 'vtprune[pocket]'") from None
     texts, answers, numbers = getattr(package, f"get_{split}_questions")()
     paths = getattr(package, f"get_{split}_image_paths")()
     pictures = np.empty((len(paths), SIDE, SIDE, 3), np.uint8)

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -381,7 +382,7 @@ def batch(family: Family, plan: Plan, number: int, seed: int) -> dict[str, Tenso
     return demonstrated(family, dialogues, plan)
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches(torch.utils.data.Dataset[Any]):
     """Batches of a stage: ``plan`` and ``keep``, and the tensors. The first is of the first plan."""
 
     def __init__(self, family: Family, stage: Stage, seed: int):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -398,7 +399,7 @@ def exam_check(family: Family, world: str, split: str, count: int, batch: int = 
         return Check(world, tuple(_easy_batches(family, count, batch)))
     batches = []
     asked = list(exam(world, split, count))
-    groups: dict[tuple, list] = {}
+    groups: dict[tuple[Any, ...], list[Any]] = {}
     for dialogue in asked:
         pictures = dialogue.turns[-1].pictures
         shape = (pictures[0].rows, pictures[0].columns, len(pictures), len(dialogue.turns))
@@ -456,7 +457,7 @@ def train(
     stages = STAGES[family.name]
     with (out / LOG_FILE).open("a") as log:
 
-        def write(row: dict) -> None:
+        def write(row: dict[str, Any]) -> None:
             row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
             line = json.dumps(row)
             log.write(line + "\n")

@@ -123,7 +123,7 @@ class Schedule:
         return self.soft * (self.hard / self.soft) ** min(1.0, step / max(1, self.steps - 1))
 
 
-class Lessons(torch.utils.data.Dataset):
+class Lessons(torch.utils.data.Dataset[Any]):
     """Batches by step: the plan, the budget, and pictures with their questions as ``plans.packed`` gives them."""
 
     def __init__(self, family: Family, plan: Plan, schedule: Schedule, seed: int):
@@ -383,7 +383,7 @@ def train(
     )
     with log_file.open("a" if trainer.step else "w") as log:
 
-        def write(row: dict) -> None:
+        def write(row: dict[str, Any]) -> None:
             row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
             log.write(json.dumps(row) + "\n")
             log.flush()
