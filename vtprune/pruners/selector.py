@@ -68,7 +68,7 @@ class Network(nn.Module):
     width
         D, of projected rows and words.
     hidden, inner, depth
-        h and a as in `Block`, and the number of blocks.
+        h (even) and a as in `Block`, and the number of blocks.
     """
 
     def __init__(self, width: int, hidden: int = 64, inner: int = 32, depth: int = 2):
@@ -241,8 +241,8 @@ class SelectorPruner(Pruner):
     Parameters
     ----------
     weights
-        The safetensors file, a folder with one, or the name of a model that ships with one. None: ``selector.safetensors``
-        beside the checkpoint's config.
+        The safetensors file, a folder with one, or the name of a model that ships with one. None: the file
+        ``selector.safetensors`` beside the checkpoint's config.
     """
 
     paper = "vtprune"

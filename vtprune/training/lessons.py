@@ -142,12 +142,11 @@ def make(
         No such task; a model that takes encoder features inside the language model (DeepStack).
     """
     family = find_family(model)
-    found = [
-        (tasks.get(name), (tasks.get(name).drafts or tasks.get(name).examples)(split, count, seed)) for name in names
-    ]
-    drafts = [one for some in itertools.zip_longest(*(own for _, own in found)) for one in some if one is not None]
+    found = [tasks.get(name) for name in names]
+    asked_of = [(task.drafts or task.examples)(split, count, seed) for task in found]
+    drafts = [one for some in itertools.zip_longest(*asked_of) for one in some if one is not None]
     batches = [drafts[i : i + batch] for i in range(0, len(drafts), batch)]
-    longest = max((task.max_new_tokens for task, _ in found), default=8)
+    longest = max(task.max_new_tokens for task in found)
     drawn = torch.utils.data.DataLoader(
         Drawn(processor, batches, model.dtype), batch_size=None, num_workers=workers,
         prefetch_factor=2 if workers else None, multiprocessing_context="fork" if workers else None,

@@ -123,7 +123,7 @@ class Trainer:
     start = 0.0  # share of the run after which it is not taught any more
 
     def taught_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Cross-entropy of the softmax of the scores with what the answer wants, over a random quarter of the tokens."""
+        """Cross-entropy of the scores' softmax with what the answer wants, over a random quarter of the tokens."""
         drawn = torch.rand(batch.sound.shape, generator=generator).to(batch.sound.device)
         drawn = drawn.masked_fill(~batch.sound, -1)
         chosen = drawn.topk(max(1, int(drawn.shape[1] * TAUGHT_KEEP)), dim=1).indices.sort(1).values
