@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +40,48 @@ SCORER = f"idpruner importance=scorer scorer={MODEL}"
 
 def rows_of(answers: Answers, world: str, ours: str) -> list[dict[str, Any]]:
     """A row per kind of question, method and budget; differences are ours minus theirs."""
+    columns = [(*column, tokens) for column, tokens in zip(answers.combinations, answers.tokens, strict=True)]
+    common = {"model": MODEL, "world": world}
+    return compared(answers.correct, answers.kinds, columns, ours, common, about(answers.header), "selector")
+
+
+def compared(
+    correct: np.ndarray, kinds: Sequence[str], columns: Sequence[tuple[str, str, float]], ours: str,
+    common: dict[str, Any], source: dict[str, Any], name: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row per kind of question ("all": their mean) and column.
+
+    Parameters
+    ----------
+    correct
+        ``[questions, columns]``.
+    kinds
+        Of each question.
+    columns
+        Method, budget and visual tokens of each.
+    ours, name
+        The method that the others are compared to, question by question at the same budget, and what the table calls
+        it: ``<name>_minus`` is ours minus theirs.
+    common, source
+        What all rows begin and end with.
+    """
     table = []
-    names = np.asarray(answers.kinds)
-    kinds = list(dict.fromkeys(answers.kinds))
-    for kind in ("all", *kinds) if len(kinds) > 1 else ("all",):
+    names = np.asarray(kinds)
+    found = list(dict.fromkeys(kinds))
+    at = {column[:2]: number for number, column in enumerate(columns)}
+    minus = (f"{name}_minus", "minus_low", "minus_high")
+    for kind in ("all", *found) if len(found) > 1 else ("all",):
         taken = np.ones(len(names), bool) if kind == "all" else names == kind
-        correct, own = answers.correct[taken].astype(float), names[taken].tolist()
-        means, drawn = stats.macro(correct, own), stats.bootstrap(correct, own)
-        for m, (method, keep) in enumerate(answers.combinations):
-            low_high = stats.interval(means[m], drawn[:, m])
-            row = {"model": MODEL, "world": world, "kind": kind, "method": method, "keep": keep}
-            row |= {"tokens": f"{answers.tokens[m]:g}", "n": len(correct)}
-            row |= _named(("accuracy", "low", "high"), low_high)
-            row |= dict.fromkeys(("selector_minus", "minus_low", "minus_high"), "")
-            if (ours, keep) in answers.combinations and method != ours:
-                o = answers.combinations.index((ours, keep))
-                gain = stats.interval(means[o] - means[m], drawn[:, o] - drawn[:, m])
-                row |= _named(("selector_minus", "minus_low", "minus_high"), gain)
-            table.append({**row, **about(answers.header)})
+        right, own = correct[taken].astype(float), names[taken].tolist()
+        means, drawn = stats.macro(right, own), stats.bootstrap(right, own)
+        for m, (method, keep, tokens) in enumerate(columns):
+            row = {**common, "kind": kind, "method": method, "keep": keep, "tokens": f"{tokens:g}", "n": len(right)}
+            row |= _named(("accuracy", "low", "high"), stats.interval(means[m], drawn[:, m]))
+            row |= dict.fromkeys(minus, "")
+            o = at.get((ours, keep), m)
+            if o != m:
+                row |= _named(minus, stats.interval(means[o] - means[m], drawn[:, o] - drawn[:, m]))
+            table.append({**row, **source})
     return table
 
 

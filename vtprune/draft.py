@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .api import using
 from .budget import Budget
@@ -155,9 +155,9 @@ def drafting(
         assert call.tokens is not None
         if call.tokens.seqlens != seen.seqlens:
             raise InputError(
-                f"the draft made {sum(seen.seqlens)} tokens ({len(seen.seqlens)} views) of a prompt of which the target "
-                f"makes {sum(call.tokens.seqlens)} ({len(call.tokens.seqlens)}); both must have the same grid, and see "
-                "the same prompts (no beams)"
+                f"the draft made {sum(seen.seqlens)} tokens ({len(seen.seqlens)} views) of a prompt of which the "
+                f"target makes {sum(call.tokens.seqlens)} ({len(call.tokens.seqlens)}); both must have the same grid, "
+                "and see the same prompts (no beams)"
             )
         call.tokens = call.tokens.with_probes({DRAFT: seen.probes[DRAFT].to(call.tokens.device)})
 

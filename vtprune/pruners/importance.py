@@ -79,7 +79,8 @@ def draft(tokens: VisualTokens) -> tuple[Tensor, str]:
     """What the last token of the prompt attends to in a draft model (see `vtprune.draft`)."""
     if DRAFT not in tokens.probes:
         raise ConfigError(
-            "importance='draft' needs a draft: run the prompt inside `with vtprune.draft.drafting(model, draft, inputs):`"
+            "importance='draft' needs a draft: run the prompt in a block `with vtprune.draft.drafting(model, draft, "
+            "inputs):`"
         )
     return tokens.probes[DRAFT], "draft"
 

@@ -315,7 +315,7 @@ def answer_logits(
     positions = batch.positions.gather(-1, index.expand(*batch.positions.shape[:-2], -1, -1))
     labels = batch.labels.gather(1, index).masked_fill(~there, -100)
     width = index.shape[1]
-    lowest = torch.finfo(rows.dtype).min
+    lowest = max(torch.finfo(rows.dtype).min, torch.finfo(weight.dtype).min)
     causal = torch.ones(width, width, dtype=torch.bool, device=rows.device).tril()
     seen = causal & there[:, None, :]
     mask = weight.view(size, length).gather(1, index)[:, None].expand(-1, width, -1)
