@@ -164,9 +164,10 @@ def test_both_phases_train_the_selector_and_nothing_else(monkeypatch: pytest.Mon
 
 
 def test_budgets_fall_and_then_are_drawn() -> None:
-    assert training.budget(0.0, random.Random(0)) == pytest.approx(1 / 3)
-    assert training.budget(0.125, random.Random(0)) == pytest.approx((1 / 3 * 1 / 24) ** 0.5)
-    drawn = [training.budget(0.5, random.Random(i)) for i in range(50)]
+    trainer = training.Trainer(tiny.build("llava"), 4, 2, 1e-3, 0, widest=1 / 3, high=1 / 5)
+    assert trainer.budget(0.0, random.Random(0)) == pytest.approx(1 / 3)
+    assert trainer.budget(0.125, random.Random(0)) == pytest.approx((1 / 3 * 1 / 24) ** 0.5)
+    drawn = [trainer.budget(0.5, random.Random(i)) for i in range(50)]
     assert min(drawn) >= 1 / 24 and max(drawn) <= 1 / 5 and max(drawn) > 2 * min(drawn)
 
 

@@ -7,14 +7,15 @@ Any supported checkpoint and any task of `vtprune.eval.tasks` (a benchmark's own
 unpruned model answers the questions once (`lessons`); what it answers rightly, or with ``--unlabelled`` whatever it
 answers, is what the pruned model is to go on saying. Then, on prompts that are already short:
 
-1. *Taught.* A random quarter of the tokens stays. The gradient of the answer's cross-entropy with respect to a bias on
-   the attention logits of each token says how much the answer wants that token, with so many others gone; its positive
-   part, normalised, is the distribution that the softmax of the scores learns (cross-entropy).
+1. *Taught.* Some of the tokens, drawn at random, stay. The gradient of the answer's cross-entropy with respect to a
+   bias on the attention logits of each token says how much the answer wants that token, with so many others gone; its
+   positive part, normalised, is the distribution that the softmax of the scores learns (cross-entropy).
 2. *End to end.* The score of each token, brought to deviation 1 in its picture, plus Gumbel noise that falls, goes
    through a soft top-k whose temperature falls; the logarithm of a token's membership is its bias in every layer, so a
    token of membership 1 is there and one of membership 0 is gone. Tokens far below the k-th are really dropped, so
    that a step costs what a pruned prompt costs. The cross-entropy of the answer trains the scores through the frozen
-   language model. The budget falls from 1/3, and then is drawn anew for each batch, so one training serves all.
+   language model. The budget falls from ``--widest``, and then is drawn
+   anew for each batch, so one training serves all.
 
 Differentiable top-k, frozen model and the falling temperature are VisionSelector's (arXiv:2510.16598), gates as biases
 are as in ``vtprune.models.pocket.train_scorer``; the gradient as a teacher, the noise and the dropped rest are ours.
@@ -22,10 +23,8 @@ Of all checks on held-out questions, the best one's weights are written (fp16), 
 
 A checkpoint of 7 B: lessons hold the rows of a prompt in bf16, 5 MB for 576 tokens, in host memory; no optimiser state
 but the selector's, no gradient of the checkpoint's weights, activations of short prompts alone. ``--batch 16
---examples 5000`` fits a card that runs the checkpoint in bf16 with 10 GB to spare. `pocket-llava`'s was made by::
-
-    python -m vtprune.training.selector --model pocket-llava --out selector.safetensors --minutes 3.5 --task \\
-        pocketvqa/basic pocketvqa/extended pocketvqa/clutter easy-vqa
+--examples 5000`` fits a card that runs the checkpoint in bf16 with 10 GB to spare. `pocket-llava`'s was made by
+``vtprune.models.pocket.train_selector``, which differs in where its lessons come from.
 """
 
 from __future__ import annotations
@@ -51,11 +50,10 @@ from . import lessons as school
 from .lessons import Batch, Lesson
 
 FAINT = 1e-6  # memberships below are taken for this one: their logarithm would be -inf
-WIDEST, LOW, HIGH = 1 / 3, 1 / 24, 1 / 5
+LOW = 1 / 24  # smallest share of the tokens that is kept
 SOFT, HARD = 0.3, 0.04  # temperature, in deviations of the scores
 NOISE = 0.3  # of the Gumbel noise at first, in the same
 REACH = 2.5  # tokens that stay in a step, in units of the budget
-TAUGHT_KEEP = 1 / 4
 CHECKED = (1 / 9, 1 / 18)
 FRESH = 1_000_003  # seed of the questions: models that ship were trained on those of small seeds
 
@@ -70,13 +68,19 @@ class Trainer:
     steps, taught
         Of the whole run, and those in which it is taught.
     peak
-        Highest learning rate; it warms up for 50 steps and falls to 0 along a cosine.
+        Highest learning rate; it warms up for a twentieth of the steps and falls to 0 along a cosine.
     seed
         Of weights, batches, budgets and noise.
+    widest, high
+        Shares of the tokens: that is kept at first, and that is kept at most later on; `widest` is also how many stay
+        while it is taught.
     """
 
-    def __init__(self, model: Any, steps: int, taught: int, peak: float, seed: int):
+    def __init__(
+        self, model: Any, steps: int, taught: int, peak: float, seed: int, widest: float = 1 / 3, high: float = 1 / 5
+    ):
         self.model, self.steps, self.taught, self.peak, self.seed = model, steps, taught, peak, seed
+        self.widest, self.high = widest, high
         self.model.requires_grad_(False).eval()
         self.table = model.get_input_embeddings().weight.detach()
         torch.manual_seed(seed)
@@ -91,7 +95,7 @@ class Trainer:
 
     def rate(self, progress: float) -> float:
         """Learning rate at a share of the run."""
-        warm = min(1.0, (self.step + 1) / 50)
+        warm = min(1.0, (self.step + 1) / max(1, self.steps / 20))
         return self.peak * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def scores(self, batch: Batch) -> Tensor:
@@ -123,10 +127,10 @@ class Trainer:
     start = 0.0  # share of the run after which it is not taught any more
 
     def taught_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Cross-entropy of the scores' softmax with what the answer wants, over a random quarter of the tokens."""
+        """Cross-entropy of the scores' softmax with what the answer wants, over a random share of the tokens."""
         drawn = torch.rand(batch.sound.shape, generator=generator).to(batch.sound.device)
         drawn = drawn.masked_fill(~batch.sound, -1)
-        chosen = drawn.topk(max(1, int(drawn.shape[1] * TAUGHT_KEEP)), dim=1).indices.sort(1).values
+        chosen = drawn.topk(max(1, int(drawn.shape[1] * self.widest)), dim=1).indices.sort(1).values
         bias = torch.zeros(chosen.shape, device=chosen.device, requires_grad=True)
         logits, labels = school.answer_logits(self.model, batch, chosen, bias)
         # The sum: the gradient of one prompt must not depend on how many are in the batch.
@@ -147,7 +151,7 @@ class Trainer:
         uniform = torch.rand(there.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(there.device)
         noise = NOISE * max(0.0, 1 - part / 0.8) * -(-uniform.log()).log()
         values = (spread + noise).masked_fill(~there, -torch.inf)
-        keep = budget(part, random.Random(f"budget/{self.seed}/{self.step}"))
+        keep = self.budget(part, random.Random(f"budget/{self.seed}/{self.step}"))
         goal = (keep * count.squeeze(1)).clamp_min(1)
         reach = min(there.shape[1], int(REACH * keep * there.shape[1]) + 8)
         temperature = SOFT * (HARD / SOFT) ** min(1.0, part)
@@ -168,17 +172,16 @@ class Trainer:
             right += int(school.exact_matches(self.model, batch, ranked, stays).sum())
         return right / len(lessons)
 
+    def budget(self, part: float, rng: random.Random) -> float:
+        """Share of the tokens that is kept when `part` of the phase is over."""
+        fall = part / 0.25
+        if fall < 1:
+            return self.widest * (LOW / self.widest) ** fall
+        return LOW * (self.high / LOW) ** rng.random()
+
     def weights(self) -> dict[str, Tensor]:
         """A copy on the CPU, fp16."""
         return {name: p.detach().to("cpu", torch.float16, copy=True) for name, p in self.network.state_dict().items()}
-
-
-def budget(part: float, rng: random.Random) -> float:
-    """Share of the tokens that is kept when `part` of the phase is over."""
-    fall = part / 0.25
-    if fall < 1:
-        return WIDEST * (LOW / WIDEST) ** fall
-    return LOW * (HIGH / LOW) ** rng.random()
 
 
 def train(
@@ -230,44 +233,61 @@ def train(
         write({"event": "stop", "step": trainer.step, "best": best})
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Options of a run, whatever its lessons are made of."""
     parser.add_argument("--model", default="pocket-llava", help="embedded model, folder or hub name")
-    parser.add_argument("--task", nargs="+", required=True, help="tasks whose questions are learnt from, in turn")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write; a log lies beside it")
-    parser.add_argument("--examples", type=int, default=4000, help="questions of each task")
-    parser.add_argument("--split", default="train")
     parser.add_argument("--held", type=float, default=0.04, help="share of the lessons that is checked on")
-    parser.add_argument("--unlabelled", action="store_true", help="learn from wrong answers of the model as well")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--taught", type=int, default=400, help="steps in which gradients teach")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--widest", type=float, default=1 / 3, help="share of the tokens that is kept at first")
+    parser.add_argument("--high", type=float, default=1 / 5, help="share that is kept at most later on")
     parser.add_argument("--check-every", type=int, default=250, help="steps between two checks")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of wall time, from the start of the command")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures")
     parser.add_argument("--cache", default="cpu", help="device on which lessons wait")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def run(given: argparse.Namespace, make: Callable[[Any, Any, Callable[[str], None]], list[Lesson]]) -> int:
+    """Load the model, let ``make(model, processor, say)`` make lessons, and train."""
     begun = time.monotonic()
-    for name in ("examples", "steps", "batch"):
+    for name in ("steps", "batch"):
         school.check_count(f"--{name}", getattr(given, name))
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - begun:6.1f} s] {line}", flush=True)
 
     model, processor = load(given.model)
-    made = school.make(
-        model, processor, given.task, given.examples, split=given.split, seed=FRESH + given.seed, batch=given.batch,
-        workers=given.workers, cache=given.cache, labelled=not given.unlabelled, say=say,
-    )  # fmt: skip
+    made = make(model, processor, say)
     held = made[: max(1, round(given.held * len(made)))]
     rest = made[len(held) :] or made
-    trainer = Trainer(model, given.steps, given.taught, given.peak, given.seed)
+    trainer = Trainer(model, given.steps, given.taught, given.peak, given.seed, given.widest, given.high)
     left = 60 * given.minutes - (time.monotonic() - begun)
     train(trainer, rest, held, given.out, given.batch, max(left, 1.0), given.check_every, say)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options(parser)
+    parser.add_argument("--task", nargs="+", required=True, help="tasks whose questions are learnt from, in turn")
+    parser.add_argument("--examples", type=int, default=4000, help="questions of each task")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--unlabelled", action="store_true", help="learn from wrong answers of the model as well")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures")
+    given = parser.parse_args(arguments)
+    school.check_count("--examples", given.examples)
+    return run(
+        given,
+        lambda model, processor, say: school.make(
+            model, processor, given.task, given.examples, split=given.split, seed=FRESH + given.seed,
+            batch=given.batch, workers=given.workers, cache=given.cache, labelled=not given.unlabelled, say=say,
+        ),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
