@@ -50,7 +50,7 @@ def test_a_selection_worked_out_by_hand() -> None:
     network.head.weight[0, 0] = 1.0
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [-5.0, 0.0]])
     tokens = make_tokens([[[(2, 2)]]], features=rows)
-    pruner = build("selector", {})
+    pruner = build("selector", {"mmr_lambda": 1.0})
     pruner._network = network  # type: ignore[attr-defined]
     root = math.sqrt(3)
     torch.testing.assert_close(pruner.score(tokens), torch.tensor([root, -1 / root, 1.0, -root]), atol=1e-4, rtol=0)

@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..budget import Budget
 from ..errors import ConfigError
+from ..kernels import select
 from ..registry import Pruner, register
-from ..tokens import VisualTokens
+from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 from . import common
 
 FILE = "selector.safetensors"
@@ -243,6 +245,9 @@ class SelectorPruner(Pruner):
     weights
         The safetensors file, a folder with one, or the name of a model that ships with one. None: the file
         ``selector.safetensors`` beside the checkpoint's config.
+    mmr_lambda
+        As in `IDPruner`, with the score as importance: 1 is the top-k that training knows; less keeps tokens that are
+        alike from being kept together, which a selector whose training was short has not learnt to avoid.
     """
 
     paper = "vtprune"
@@ -253,8 +258,10 @@ class SelectorPruner(Pruner):
     adaptive = False
 
     weights: str | None = None
+    mmr_lambda: float = 0.5
 
     def __post_init__(self) -> None:
+        common.share("mmr_lambda", self.mmr_lambda)
         if self.weights is not None and not isinstance(self.weights, str):
             raise ConfigError(f"weights={self.weights!r} is a {type(self.weights).__name__}; give its path as text")
         self._network = None if self.weights is None else load(self.weights)
@@ -278,6 +285,14 @@ class SelectorPruner(Pruner):
                 f"the selector {self.weights or FILE} is for tokens of width {network.width}, this model's have "
                 f"{width}; give one that was trained for this model"
             )
+
+    def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
+        if self.mmr_lambda == 1:
+            return super().select(tokens, budget, stage)
+        lens, counts = budget.pools(tokens)
+        with common.exact(tokens):
+            picks = select.mmr(tokens.features, self.score(tokens), lens, counts, self.mmr_lambda, 1, minmax=True)
+        return Selection.from_picks(picks, tokens)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         network = self.network(tokens.checkpoint).to(tokens.device)
