@@ -227,7 +227,8 @@ def load(path: str | Path) -> Network:
 @register("selector")
 @dataclass
 class SelectorPruner(Pruner):
-    """A trained selector: the tokens to which a two-block transformer over question and picture gives most.
+    """A trained selector: the tokens to which a two-block transformer over question and picture gives most, and which
+    are unlike one another.
 
     Not of one paper. The idea of a trained score with a differentiable top-k, learnt through the frozen language model,
     is VisionSelector's (arXiv:2510.16598), whose scorer does not see the question (`IDPruner` has it); that the
