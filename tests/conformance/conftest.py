@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the test-only pruners known for as long as a conformance test runs, and no longer; calibrates tiny models."""
+"""Makes the test-only pruners known for as long as a conformance test runs, and no longer; tiny models get a
+calibration and a selector."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from vtprune import registry
 from vtprune.lens import Calibration
+from vtprune.pruners import selector
 
 from .helpers import TEST_PRUNERS
 
@@ -34,3 +38,13 @@ def _calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
         return find(checkpoint) if checkpoint else invented  # tiny models come from no folder
 
     monkeypatch.setattr(Calibration, "find", found)
+
+
+@pytest.fixture(autouse=True)
+def _selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they have a selector: random weights will do."""
+    torch.manual_seed(0)
+    network = selector.Network(32).requires_grad_(False)
+    find, load = selector.find, selector.load
+    monkeypatch.setattr(selector, "find", lambda checkpoint: find(checkpoint) if checkpoint else Path("tiny"))
+    monkeypatch.setattr(selector, "load", lambda path: network if path == Path("tiny") else load(path))

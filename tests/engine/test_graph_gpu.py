@@ -29,7 +29,7 @@ MODELS = ("pocket-llava", "pocket-llava-next", "pocket-qwen2.5-vl")
 FIXED = [
     name
     for name, cls in vtprune.methods().items()
-    if cls().stages() == (PROJECTOR,) and not cls.adaptive and cls.allocation in ALLOCATIONS
+    if cls().stages() == (PROJECTOR,) and not cls.adaptive and cls.allocation in ALLOCATIONS and cls.training_free
 ]
 KEEP = 1 / 4
 

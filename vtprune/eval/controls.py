@@ -65,6 +65,12 @@ def prepare(family: Family, processor: Any, examples: Sequence[Example], **optio
     InputError
         There are clips, which this processor does not take.
     """
+    inputs = processed(processor, examples, **options)
+    return dict(inputs.to(family.model.device, dtype=family.model.dtype))
+
+
+def processed(processor: Any, examples: Sequence[Example], **options: Any) -> Any:
+    """What the processor makes of `prepare`'s examples, on the CPU."""
     texts = [
         processor.apply_chat_template([*example.messages], add_generation_prompt=True, tokenize=False)
         for example in examples
@@ -77,8 +83,7 @@ def prepare(family: Family, processor: Any, examples: Sequence[Example], **optio
             raise InputError(f"{examples[0].task} has clips, which {type(processor).__name__} does not take")
         given["videos"] = [np.stack([np.asarray(frame.convert("RGB")) for frame in part["video"]]) for part in clips]
         given["video_metadata"] = [{"total_num_frames": len(part["video"]), "fps": part["fps"]} for part in clips]
-    inputs = processor(text=texts, **given, **options, padding=True, padding_side="left", return_tensors="pt")
-    return dict(inputs.to(family.model.device, dtype=family.model.dtype))
+    return processor(text=texts, **given, **options, padding=True, padding_side="left", return_tensors="pt")
 
 
 def blank(example: Example) -> Example:

@@ -50,8 +50,9 @@ class IDPruner(Pruner):
     ----------
     importance
         ``"cls_logits"`` and ``"cls"`` (CLS attention before and after the softmax), ``"norm"`` (L2), ``"zoo"`` (see
-        `ZooPruner`), ``"scorer"`` (trained, see `Scorer`), ``"clip-text"`` (the question, see `ClipText`), or
-        ``"auto"``: ``"cls_logits"`` where the encoder has a CLS token, else minus the cosine to the image's mean.
+        `ZooPruner`), ``"scorer"`` (trained, see `Scorer`), ``"draft"`` (what a smaller model attends to, see
+        `vtprune.draft`), ``"clip-text"`` (the question, see `ClipText`), or ``"auto"``: ``"cls_logits"`` where the
+        encoder has a CLS token, else minus the cosine to the image's mean.
     mmr_lambda
         In [0, 1]; 1 is importance alone, 0 is diversity alone.
     parallel_k
@@ -102,6 +103,8 @@ class IDPruner(Pruner):
             )
         if self.clip is not None:  # of this one, not of the method
             self.__dict__.update(query_aware=True, mechanism=("query", "similarity"))
+        if self.importance == "draft":
+            self.query_aware = True  # type: ignore[misc]
         lam = self.mmr_lambda
         if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam) or not 0 <= lam <= 1:
             raise ConfigError(f"mmr_lambda={lam!r} is no weight; give a number from 0 (diversity) to 1 (importance)")

@@ -16,6 +16,9 @@ from ..kernels import reference
 from ..tokens import CLS_LOGITS, CLS_ROW, PRE_PROJECTOR, Probe, VisualTokens
 from .zoo import ZooPruner
 
+#: What `vtprune.draft.drafting` puts beside the tokens, ``[T]`` fp32; no encoder has it.
+DRAFT = Probe("draft_row")
+
 
 def _per_image(tokens: VisualTokens) -> Iterator[tuple[slice, Tensor]]:
     """The rows of each image, copied to fp64: what is summed then rounds to the same fp32 on every device, and
@@ -72,6 +75,16 @@ def zoo(tokens: VisualTokens) -> tuple[Tensor, str]:
     return ZooPruner().score(tokens), "zoo"
 
 
+def draft(tokens: VisualTokens) -> tuple[Tensor, str]:
+    """What the last token of the prompt attends to in a draft model (see `vtprune.draft`)."""
+    if DRAFT not in tokens.probes:
+        raise ConfigError(
+            "importance='draft' needs a draft: run the prompt in a block `with vtprune.draft.drafting(model, draft, "
+            "inputs):`"
+        )
+    return tokens.probes[DRAFT], "draft"
+
+
 def auto(tokens: VisualTokens) -> tuple[Tensor, str]:
     """`cls_logits` where the encoder has a CLS token, else `minus_cosine_to_mean`."""
     return cls_logits(tokens) if CLS_LOGITS in tokens.probes else minus_cosine_to_mean(tokens)
@@ -84,6 +97,7 @@ SOURCES: dict[str, Callable[[VisualTokens], tuple[Tensor, str]]] = {
     "cls": cls,
     "norm": norm,
     "zoo": zoo,
+    "draft": draft,
 }
 #: Probes without which a source cannot work, and those that it uses where they exist.
 NEEDS: dict[str, frozenset[Probe]] = {

@@ -391,7 +391,9 @@ def render(scene: Scene, noise: bool = True) -> Image.Image:
     knots = np.arange(side)[:, None]
     # Weight of each knot of the grid at each pixel, down and across.
     down, across = (np.maximum(0, 1 - abs(np.linspace(0, side - 1, n) - knots)) for n in (height, width))
-    pixels = np.einsum("iy,jx,ijc->yxc", down, across, np.asarray(scene.corners).reshape(side, side, 3))
+    # optimize: one side after the other. All three factors at once take seconds for a grid of 25 knots.
+    corners = np.asarray(scene.corners).reshape(side, side, 3)
+    pixels = np.einsum("iy,jx,ijc->yxc", down, across, corners, optimize=True)
     covers: list[tuple[int, np.ndarray, np.ndarray]] = [
         (s.cell, shape_masks()[SHAPES.index(s.shape), tuple(SIZES).index(s.size)], np.asarray(s.rgb))
         for s in scene.shapes
