@@ -32,11 +32,11 @@ import torch
 import transformers
 
 import vtprune
-from benchmarks.prefill import commit
 from benchmarks.selector import compared
 from benchmarks.tables import RESULTS, write
 from vtprune.draft import break_even, draft_row, drafting
 from vtprune.eval import controls, runner, tasks
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family
 from vtprune.models.pocket.families import Llava
 from vtprune.models.pocket.model import llava_config

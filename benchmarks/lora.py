@@ -40,9 +40,9 @@ import transformers
 from torch import Tensor
 
 import vtprune
-from benchmarks.prefill import commit
 from benchmarks.tables import RESULTS, write
 from vtprune.eval import controls, runner, stats, tasks
+from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family
 from vtprune.models.pocket.data import COLORS, SHAPES
 from vtprune.models.pocket.worlds import LABELS

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from benchmarks.papers import about
-from benchmarks.prefill import commit
 from benchmarks.side_by_side import Job, default_workers, side_by_side
 from benchmarks.tables import BATCH, RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
 from vtprune.eval import stats
+from vtprune.eval.runner import current_commit as commit
 
 MODEL, WORLDS, KEEPS = "pocket-llava", ("basic", "extended", "clutter", "easy-vqa", "pair"), ("1/9", "1/18")
 BASELINES = ("random", "grid", "pool", "norm")

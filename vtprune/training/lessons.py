@@ -90,7 +90,7 @@ class Batch:
         return self.rows[self.owner].gather(1, index)
 
 
-class Drawn(torch.utils.data.Dataset):
+class Drawn(torch.utils.data.Dataset[Any]):
     """Batches of examples with what the processor makes of them, drawn by whoever asks."""
 
     def __init__(self, processor: Any, batches: Sequence[Sequence[tasks.Example]], dtype: torch.dtype):
