@@ -36,7 +36,7 @@ def inverse_norms(table: Tensor, mask: Tensor | None = None) -> Tensor:
     if table.ndim != 2:
         raise InputError(f"the embedding table has shape {tuple(table.shape)}; give [vocabulary, width]")
     blocks = table.detach().split(_block(table))
-    norm = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for rows in blocks])
+    norm = torch.cat([_lengths(rows) for rows in blocks])
     sound = norm.isfinite() & (norm > UNTRAINED)
     if mask is not None:
         if mask.shape != norm.shape or mask.dtype != torch.bool:
@@ -127,9 +127,15 @@ def _check(hidden: Tensor, table: Tensor, inverse: Tensor | None) -> tuple[Tenso
 # -- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
+def _lengths(rows: Tensor) -> Tensor:
+    """L2 norms of rows ``[n, D]``, ``[n]`` fp32."""
+    # PyTorch refuses to sum fp64 in fp32.
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32)).float()
+
+
 def _inverse_lengths(flat: Tensor) -> Tensor:
     """``[T]`` fp32 1 / norm of the states; NaN for broken ones."""
-    norm = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
+    norm = _lengths(flat)
     return norm.clamp(min=1e-12).reciprocal().masked_fill_(~norm.isfinite(), torch.nan)
 
 

@@ -24,6 +24,7 @@ from ..errors import ConfigError, InputError, VTPruneError
 from ..kernels.lens_topk import inverse_norms, lens_topk
 from ..models import find_family
 from ..models.base import Family
+from ..plain import parse_json
 from ..tokens import VisualTokens
 from .calibration import Calibration, Categories, short_name
 
@@ -171,7 +172,7 @@ class Lens:
             It is something else, or of another format.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data["format"] != FORMAT:
                 raise ConfigError(f"this is format {data['format']} of a lens, and only {FORMAT} is known")
             views = tuple(View(**{**v, "grid": tuple(v["grid"]), "box": tuple(v["box"])}) for v in data["views"])
@@ -192,7 +193,7 @@ class Lens:
                 classes,
                 data["why"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"this is not a lens that to_json() wrote ({error})") from None

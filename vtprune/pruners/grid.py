@@ -31,6 +31,7 @@ class GridPruner(Pruner):
     query_aware = False
     training_free = True
     adaptive = False
+    ordered = False
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         counts = _per_segment(tokens.seqlens, budget.pools(tokens))
