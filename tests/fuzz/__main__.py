@@ -99,7 +99,11 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", VTPruneWarning)
     transformers.logging.set_verbosity_error()
-    before = [json.loads(line) for line in given_.log.read_text().splitlines()] if given_.log and given_.log.is_file() else []
+    before = (
+        [json.loads(line) for line in given_.log.read_text().splitlines()]
+        if given_.log and given_.log.is_file()
+        else []
+    )
     used = [row["seed"] for row in before if "seed" in row]
     seed = given_.seed if given_.seed is not None else max(used, default=0) + 1
     rows = [about()]

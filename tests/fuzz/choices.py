@@ -336,9 +336,7 @@ def check(case: Case) -> None:
         return check(replace(case, options={}))  # its other method takes no options, so no calibration
     if "worst" in names and len(names) > 1:
         options["of"] = "norm"
-    config = vtprune.PruneConfig(
-        case.method, case.keep, scope=case.scope, allocation=case.allocation, options=options
-    )
+    config = vtprune.PruneConfig(case.method, case.keep, scope=case.scope, allocation=case.allocation, options=options)
     pruner: Pruner = config.pruner()
     budget = config.budget()
     untouched = tokens.features.clone()
@@ -356,7 +354,7 @@ def check(case: Case) -> None:
     total = len(tokens.source)
     index = found.index
     assert index.dtype == torch.int64 and index.ndim == 1
-    assert not len(index) or (bool((index.diff() > 0).all()) and 0 <= int(index[0]) and int(index[-1]) < total)
+    assert not len(index) or (bool((index.diff() > 0).all()) and int(index[0]) >= 0 and int(index[-1]) < total)
     assert torch.equal(found.cu_seqlens, torch.searchsorted(index, tokens.cu_seqlens))
     if isinstance(case.method, str) and not pruner.adaptive:
         assert (found.order is not None) == pruner.ordered, "an order that is not as declared"

@@ -14,7 +14,7 @@ from ..budget import Budget
 from ..config import PruneConfig
 from ..errors import VTPruneError
 from ..models.base import Encoding
-from ..registry import Pruner
+from ..registry import Pruner, choose
 from ..tokens import Probe, Selection, Stage, VisualTokens
 from . import positions as pos
 from .prefill import Pack
@@ -77,7 +77,7 @@ class Job:
         """
         budget = self.budget_at(stage)
         with torch.no_grad():
-            selection = self.pruner.select(tokens, budget, stage)
+            selection = choose(self.pruner, tokens, budget, stage)
         if self.pruner.adaptive:
             sample = np.asarray([tokens.image_sample[i] for i in tokens.seg_image], np.int64)
             kept = np.diff(selection.cu_seqlens.cpu().numpy())

@@ -88,8 +88,8 @@ def _check(rows: Sequence[dict[str, Any]], columns: dict[str, Any], file: Path) 
         missing = [column for column in columns if column not in row]
         if missing:
             raise ConfigError(
-                f"{file}, question {number + 1}: expected the columns {', '.join(columns)}; found {', '.join(map(str, row))} "
-                f"(missing: {', '.join(missing)})"
+                f"{file}, question {number + 1}: expected the columns {', '.join(columns)}; found "
+                f"{', '.join(map(str, row))} (missing: {', '.join(missing)})"
             )
         for column, kind in columns.items():
             _is(row[column], kind, f"{file}, question {number + 1}: {column}")
@@ -153,7 +153,7 @@ def _vqav2(folder: Path) -> list[Example]:
         if row["question_id"] not in notes:
             raise ConfigError(f"{answered} has no answers to question {row['question_id']} of {asked.name}")
         note = notes[row["question_id"]]
-        answers = tuple(a.get("answer") if isinstance(a, dict) else a for a in note["answers"])
+        answers: tuple[Any, ...] = tuple(a.get("answer") if isinstance(a, dict) else a for a in note["answers"])
         for answer in answers:
             _is(answer, str, f"{answered}, question {row['question_id']}: an answer")
         number = row["image_id"]

@@ -90,13 +90,13 @@ _TABLE = {
 
 def _check(value: Any, form: Any, what: str) -> None:
     """Refuse a value that is not of a form: a type, a list of one form, or a table of forms by key (``"*"``: any)."""
-    kind = type(form) if isinstance(form, dict | list) else form
+    kind: Any = type(form) if isinstance(form, dict | list) else form
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ConfigError(f"{what} is {str(value)[:40]!r}; see benchmarks/README.md for what a file of claims holds")
     if isinstance(form, list):
         for item in value:
             _check(item, form[0], what)
-    elif isinstance(form, dict):
+    if isinstance(form, dict):
         for key, item in value.items():
             if key in form or "*" in form:
                 _check(item, form.get(key, form.get("*")), f"{key!r} of {what}")

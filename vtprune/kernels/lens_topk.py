@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._jit import describable, descriptor, device_of, jit, multipliable, processors, stages_for, tl, triton
-from .dispatch import resolve
+from .dispatch import forgiving, resolve
 
 #: Most vocabulary rows, states, and numbers of the table that the PyTorch form has in fp32 at a time: whatever the
 #: sizes, it needs some 20 MiB beyond its inputs and results.
@@ -45,6 +45,7 @@ def inverse_norms(table: Tensor, mask: Tensor | None = None) -> Tensor:
     return norm.reciprocal().masked_fill_(~sound, 0.0)
 
 
+@forgiving
 @torch.no_grad()
 def lens_topk(
     hidden: Tensor, table: Tensor, k: int, *, inverse: Tensor | None = None, backend: str = "auto"
@@ -83,6 +84,7 @@ def lens_topk(
     return values.view(*hidden.shape[:-1], k), ids.view(*hidden.shape[:-1], k)
 
 
+@forgiving
 @torch.no_grad()
 def lens_rank(
     hidden: Tensor, table: Tensor, ids: Tensor, *, inverse: Tensor | None = None, backend: str = "auto"
