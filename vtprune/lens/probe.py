@@ -182,11 +182,15 @@ class Lens:
             if data["classes"] is not None:
                 members = np.array(data["members"], bool).reshape(shape[1], len(data["classes"]))
                 classes = Categories(tuple(data["classes"]), members)
+            ids = np.array(data["ids"], np.int64).reshape(shape)
+            coords = np.array(data["coords"], np.float32).reshape(shape[1], 3)
+            if ids.shape != cosines.shape:
+                raise ValueError(f"{ids.shape} ids for {cosines.shape} cosines")
             return cls(
                 tuple(data["layers"]),
-                np.array(data["ids"], np.int64).reshape(shape),
+                ids,
                 np.where(np.isnan(cosines), -np.inf, cosines).astype(np.float32),
-                np.array(data["coords"], np.float32).reshape(-1, 3),
+                coords,
                 views,
                 {int(number): word for number, word in data["words"].items()},
                 data["checkpoint"],
