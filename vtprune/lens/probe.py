@@ -184,8 +184,8 @@ class Lens:
                 classes = Categories(tuple(data["classes"]), members)
             ids = np.array(data["ids"], np.int64).reshape(shape)
             coords = np.array(data["coords"], np.float32).reshape(shape[1], 3)
-            if ids.shape != cosines.shape:
-                raise ValueError(f"{ids.shape} ids for {cosines.shape} cosines")
+            if ids.shape != cosines.shape or not np.isfinite(coords).all():
+                raise ValueError(f"{ids.shape} ids, {cosines.shape} cosines, or coordinates that are no numbers")
             return cls(
                 tuple(data["layers"]),
                 ids,
