@@ -144,6 +144,8 @@ class Call:
         Whether there are any.
     compiled
         How parts of the model ran, where `PruneConfig.compile` asked for graphs.
+    entered
+        The text model was called.
     """
 
     job: Job | None
@@ -171,6 +173,13 @@ class Call:
     marks: dict[Any, Any] = field(default_factory=dict)
     watched: bool = False
     compiled: dict[str, str] = field(default_factory=dict)
+    entered: bool = False
+
+    def left_behind(self, embeds: Tensor | None) -> bool:
+        """Whether this is not the forward that calls the text model now, but an earlier one: PyTorch does not call
+        hooks, not even those that are always called, when a forward ends with a KeyboardInterrupt."""
+        before, self.entered = self.entered, True
+        return before or (embeds is not None and any(m.shape != embeds.shape[:2] for m in self.masks.values()))
 
     def set_sequence(self, kw: dict[str, Any], embeds: Tensor, positions: Tensor) -> None:
         """Hand the text model its rows, an explicit mask, contiguous positions, and the true ones to its rotary.
