@@ -66,7 +66,8 @@ def chunk(kind: str, seed: int, count: int) -> dict[str, Any]:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and "told to fail" not in str(error):
             raise
-        failure = "".join(traceback.format_exception(error, limit=-2))[-4000:]
+        text = "".join(traceback.format_exception(error, limit=-2))
+        failure = text if len(text) < 5000 else f"{text[:2500]} ... {text[-2500:]}"
     return {
         "kind": kind,
         "seed": seed,

@@ -85,6 +85,9 @@ def test_json_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
             read()
     with pytest.raises(ConfigError, match="nested too deeply"):
         Lens.from_json(DEEP)
+    file.with_suffix(".toml").write_text(f"x = {DEEP}")
+    with pytest.raises(ConfigError, match="cannot read the claims"):
+        papers.load(str(file.with_suffix(".toml")))
     for parse in (
         lambda: config_of("random", "1/4", [f"seed={DEEP}"]),
         lambda: runner.combinations([f"random seed={DEEP}"], ["1/4"]),

@@ -59,7 +59,7 @@ def load(name: str) -> Row:
         raise ConfigError(f"there are no claims of {name!r}{nearest(name, names())}; known: {', '.join(names())}")
     try:
         claims = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last where it is nested without end
         raise ConfigError(f"cannot read the claims {file} ({error})") from None
     for key in ("method", "paper", "table"):
         if key not in claims:
