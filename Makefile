@@ -15,10 +15,13 @@ KEEP ?= 1/4
 OVERLAY ?= kept.png
 PYTEST_ARGS ?=
 PORT ?= 7860
+CASES ?= 20000
+CALLS ?= 5000
+DEVICE ?= cpu
 # Versions of transformers; "installed" is the one that `make test` runs with.
 MATRIX ?= 4.57.6 5.0.0 installed
 
-.PHONY: ask demo test test-gpu test-matrix lint format clean help
+.PHONY: ask demo test test-gpu test-matrix lint fuzz soak sbom audit format clean help
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -43,6 +46,20 @@ lint: $(VENV)/installed-dev  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+fuzz: $(VENV)/installed-dev  ## random cases against the invariants (CASES=20000), added to build/fuzz.jsonl
+	@mkdir -p build
+	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 nice $(BIN)/python -m fuzz --cases $(CASES) --log build/fuzz.jsonl
+
+soak: $(VENV)/installed-dev  ## thousands of calls (CALLS=5000, DEVICE=cpu): memory flat, nothing carried over
+	@mkdir -p build
+	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 nice $(BIN)/python -m fuzz.soak --calls $(CALLS) --device $(DEVICE) --out build/soak.json
+
+sbom: $(VENV)/installed  ## a bill of materials of what vtprune needs, CycloneDX
+	$(BIN)/python .ci/sbom.py --out build/vtprune.cdx.json
+
+audit: $(VENV)/installed  ## known vulnerabilities in what is installed; a report
+	.ci/audit $(BIN)/python build/audit.json
 
 format: $(VENV)/installed-dev  ## fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)

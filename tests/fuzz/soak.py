@@ -3,7 +3,7 @@
 carried over.
 
 ``make soak``, or ``PYTHONPATH=.:tests python -m fuzz.soak --calls 5000 --out benchmarks/results/soak-cpu.json``; on a
-GPU with ``--device cuda``, where the CUDA allocator is watched as well. Models are tiny and random. At checkpoints, with
+GPU with ``--device cuda``, where the CUDA allocator is watched too. Models are tiny and random. At checkpoints, with
 garbage collected: what Python holds (tracemalloc), the resident set, how many objects and how many hooks there are.
 After the last call the first ones are repeated, and must give the same bits.
 """
@@ -82,16 +82,20 @@ def count_hooks(models: list[nn.Module]) -> int:
 
 
 def run(
-    calls: int, every: int, device: str = "cpu", say: Callable[[Checkpoint], None] = lambda _: None
+    calls: int,
+    every: int,
+    device: str = "cpu",
+    say: Callable[[Checkpoint], None] = lambda _: None,
+    repeated: int = REPEATED,
 ) -> dict[str, Any]:
-    """So many calls, looked at `every` so many."""
+    """So many calls, looked at `every` so many, the first of which are `repeated` at the end."""
     models = [tiny.build(family) for family in FAMILIES]
     models = [model.to(device) for model in models]
-    first = [call(models, number) for number in range(REPEATED)]
+    first = [call(models, number) for number in range(repeated)]
     process, seen, begin = psutil.Process(), [], time.perf_counter()
     tracemalloc.start()
     try:
-        for number in range(REPEATED, calls + 1):
+        for number in range(repeated, calls + 1):
             if number % every == 0 or number == calls:
                 gc.collect()
                 python, _ = tracemalloc.get_traced_memory()
@@ -107,7 +111,7 @@ def run(
     finally:
         tracemalloc.stop()
     seconds = time.perf_counter() - begin
-    again = [call(models, number) for number in range(REPEATED)]
+    again = [call(models, number) for number in range(repeated)]
     settled = [c for c in seen if c.calls >= calls / 5] or seen
     low, last = settled[0], settled[-1]
     growth = {name: getattr(last, name) - getattr(low, name) for name in ("python", "resident", "objects", "cuda")}

@@ -96,7 +96,9 @@ def test_json_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
             parse()
 
 
-@pytest.mark.parametrize("key,value", [("words", None), ("views", [3]), ("layers", 7), ("coords", [10**400]), ("ids", [])])
+@pytest.mark.parametrize(
+    "key,value", [("words", None), ("views", [3]), ("layers", 7), ("coords", [10**400]), ("ids", [])]
+)
 def test_a_lens_with_other_values_is_refused(key: str, value: Any) -> None:
     document = {**readers._lens(), key: value}
     with pytest.raises(ConfigError, match="not a lens"):
@@ -156,7 +158,7 @@ def test_claims_of_another_form_are_refused(old: str, new: str, tmp_path: Path) 
     file.write_text(readers.PAPER)
     assert papers.load(str(file))["method"] == "norm"
     file.write_text(readers.PAPER.replace(old, new, 1))
-    with pytest.raises(ConfigError, match="see benchmarks/README.md"):
+    with pytest.raises(ConfigError, match="what a file of claims holds"):
         papers.load(str(file))
 
 

@@ -94,13 +94,16 @@ def load(
     if not local and (str(name).startswith((".", "~", "/")) or str(name).count("/") > 1):
         raise ConfigError(f"there is no folder {name}; give a checkpoint folder, a hub name, or 'pocket-llava'")
     try:
-        config = AutoConfig.from_pretrained(path)
+        # Not left to transformers, which asks at the terminal whether to run a checkpoint's own code.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not hasattr(config, "vision_config"):
             raise UnsupportedModelError(
                 f"{name} is a {config.model_type!r} model without vision; give a vision-language checkpoint"
             )
-        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **spread, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(path)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, **spread, output_loading_info=True, trust_remote_code=False
+        )
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except UnsupportedModelError:
         raise
     except Exception as error:
