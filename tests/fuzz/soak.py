@@ -28,7 +28,7 @@ import psutil
 import tiny
 import torch
 import transformers
-from conformance.helpers import generate, hooks
+from conformance.helpers import generate, hooks, twin
 from torch import Tensor, nn
 
 import vtprune
@@ -64,7 +64,9 @@ def call(models: list[nn.Module], number: int) -> tuple[Tensor, Tensor]:
     """One call, which its number says everything about: the tokens, and the logits they were drawn from."""
     model = models[number % len(models)]
     device = next(model.parameters()).device
-    prompts = [tiny.prompt(model, (number + i) % 3 + (i == 0), seed=7 * number + i, end=4 + number % 5) for i in (0, 1)]
+    # Prompts are made on the CPU, which may take a model of the family.
+    maker = model if device.type == "cpu" else twin(FAMILIES[number % len(models)])
+    prompts = [tiny.prompt(maker, (number + i) % 3 + (i == 0), seed=7 * number + i, end=4 + number % 5) for i in (0, 1)]
     inputs = tiny.collate(prompts[: 1 + number % 2])
     inputs = {name: value.to(device) for name, value in inputs.items()}
     method, keep = METHODS[number % len(METHODS)], KEEPS[number % len(KEEPS)]

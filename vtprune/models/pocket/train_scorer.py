@@ -314,7 +314,7 @@ class ScorerTrainer(Trainer):
         """Write all that `restore` needs; the old state stands until the new one is whole."""
         moments = self.optimizer.state_dict()
         tensors = {f"scorer/{name}": value for name, value in self.scorer.state_dict().items()}
-        tensors |= {f"best/{name}": value for name, value in (self.best_weights or {}).items()}
+        tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
         for number, own in moments["state"].items():
             tensors |= {f"optimizer/{number}/{name}": value for name, value in own.items()}
         facts = {"step": self.step, "best": self.best, "seconds": seconds, "run": self.run()}
@@ -350,7 +350,7 @@ class ScorerTrainer(Trainer):
             moments.setdefault(int(number), {})[name] = value
         self.scorer.load_state_dict(found["scorer"])
         self.optimizer.load_state_dict({"state": moments, "param_groups": facts["groups"]})
-        self.step, self.best, self.best_weights = facts["step"], facts["best"], found["best"] or None
+        self.step, self.best, self.best_weights = facts["step"], facts["best"], found["best"]
         self.fresh = self.schedule.taught if self.step > self.schedule.taught else 0
         return float(facts["seconds"])
 
