@@ -28,7 +28,9 @@ def test_calls_with_changing_inputs_and_methods_leave_nothing() -> None:
     """The short form of `make soak`."""
     found = soak.run(48, every=8, repeated=16)
     assert found["repeated_bit_equal"] and not found["hooks_left"]
-    assert found["growth_after_a_fifth"]["python"] <= soak.MOST_PYTHON
+    # Every call so far had another method and family, so only the last few say whether memory grows for good.
+    before, last = found["checkpoints"][-2:]
+    assert last["python"] - before["python"] <= soak.MOST_PYTHON
 
 
 class Work(threading.Thread):

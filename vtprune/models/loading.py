@@ -110,6 +110,9 @@ def load(
         # transformers, safetensors, the hub client and json each raise their own kinds for a bad checkpoint.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "" if local else nearest(str(name), embedded_models()) or f"; embedded: {', '.join(embedded_models())}"
+        if "custom code" in reason:
+            reason = "it brings code of its own, which is not run here"
+            hint = "; if you trust it, load it with transformers, and give the model to vtprune.apply"
         raise ConfigError(f"cannot load {name!s}: {reason}{hint}") from error
     missing = [k for k in info["missing_keys"] if "position_ids" not in k]
     if missing or info.get("mismatched_keys"):
