@@ -16,10 +16,13 @@ OVERLAY ?= kept.png
 PYTEST_ARGS ?=
 PORT ?= 7860
 BENCH ?= pocket-llava --keep 1/4 --keep 1/9
+CASES ?= 20000
+CALLS ?= 5000
+DEVICE ?= cpu
 # Versions of transformers; "installed" is the one that `make test` runs with.
 MATRIX ?= 4.57.6 5.0.0 installed
 
-.PHONY: ask demo test test-gpu test-matrix lint type format bench docs docs-serve release clean help
+.PHONY: ask demo test test-gpu test-matrix lint type fuzz soak sbom audit format bench docs docs-serve release clean help
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -46,6 +49,20 @@ lint: $(VENV)/installed-dev  ## ruff, rules and format
 
 type: $(VENV)/installed-dev  ## mypy, strict
 	$(BIN)/mypy
+
+fuzz: $(VENV)/installed-dev  ## random cases against the invariants (CASES=20000), added to build/fuzz.jsonl
+	@mkdir -p build
+	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 nice $(BIN)/python -m fuzz --cases $(CASES) --log build/fuzz.jsonl
+
+soak: $(VENV)/installed-dev  ## thousands of calls (CALLS=5000, DEVICE=cpu): memory flat, nothing carried over
+	@mkdir -p build
+	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 nice $(BIN)/python -m fuzz.soak --calls $(CALLS) --device $(DEVICE) --out build/soak.json
+
+sbom: $(VENV)/installed  ## a bill of materials of what vtprune needs, CycloneDX
+	$(BIN)/python .ci/sbom.py --out build/vtprune.cdx.json
+
+audit: $(VENV)/installed  ## known vulnerabilities in what is installed; a report
+	.ci/audit $(BIN)/python build/audit.json
 
 format: $(VENV)/installed-dev  ## fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -22,6 +22,7 @@ from .engine.report import Report
 from .errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 from .models import find_family
 from .models.base import Family
+from .registry import choose
 from .tokens import CLS_LOGITS, CLS_ROW, LAST_CLS_LOGITS, PRE_PROJECTOR, Probe, Selection, VisualTokens
 
 
@@ -343,4 +344,4 @@ def select(encoded: VisualTokens, method: str | Sequence[str] | PruneConfig = "i
             "importance or method"
         )
     with torch.no_grad():
-        return pruner.select(encoded, config.budget())
+        return choose(pruner, encoded, config.budget())

@@ -7,6 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from .errors import ConfigError
@@ -56,6 +57,31 @@ class Pools(NamedTuple):
 
     lens: tuple[int, ...]
     counts: tuple[int, ...]
+
+
+def segments_of(tokens: VisualTokens, lens: Sequence[int]) -> list[slice]:
+    """The segments that each pool (of so many rows) spans. One without rows goes with its image."""
+    samples = [tokens.image_sample[image] for image in tokens.seg_image]
+    kinds: tuple[tuple[Sequence[int], int], ...] = (
+        (range(len(samples)), len(samples)),
+        (tokens.seg_image, tokens.num_images),
+        (samples, tokens.num_samples),
+    )
+    for owners, number in kinds:
+        segments, rows = [0] * number, [0] * number
+        for owner, n in zip(owners, tokens.seqlens, strict=True):
+            segments[owner] += 1
+            rows[owner] += n
+        if rows == list(lens):
+            return [slice(end - k, end) for end, k in zip(accumulate(segments), segments, strict=True)]
+    spans, stop = [], 0
+    for left in lens:  # pools of another kind
+        start = stop
+        while stop < len(samples) and tokens.seqlens[stop] <= left:
+            left -= tokens.seqlens[stop]
+            stop += 1
+        spans.append(slice(start, stop))
+    return spans
 
 
 def largest_remainder(total: int, weights: Sequence[int]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from .budget import Budget
 from .compose import check_keeps, compose
 from .errors import ConfigError
+from .plain import parse_json
 from .registry import Pruner, build, nearest
 
 CONFIG_NAME = "vtprune.json"
@@ -131,7 +132,7 @@ class PruneConfig:
     def from_json(cls, text: str) -> PruneConfig:
         """Read what `to_json` wrote; unknown keys are errors, because a typo must not silently become a default."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
         except ValueError as error:
             raise ConfigError(f"the config is not valid JSON ({error}); write one with PruneConfig.save") from None
         if not isinstance(data, dict):

@@ -284,7 +284,9 @@ def bare(folder: str | Path) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+            model: nn.Module = AutoModelForImageTextToText.from_config(
+                AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+            )
     except Exception as error:  # transformers and json each raise their own kinds
         raise ConfigError(f"cannot read a vision-language model from {folder}: {str(error).splitlines()[0]}") from error
     return model

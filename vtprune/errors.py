@@ -7,6 +7,10 @@ from __future__ import annotations
 class VTPruneError(Exception):
     """Base of every error that vtprune raises on purpose. The command line prints it as one line and exits with 2."""
 
+    def __str__(self) -> str:
+        # One line whatever is in it: names of files, keys of JSON, what other libraries said.
+        return " ".join(part.strip() for part in super().__str__().splitlines())
+
 
 class ConfigError(VTPruneError, ValueError):
     """A value given by the user (budget, method, option, file) cannot be used."""

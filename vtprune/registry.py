@@ -12,11 +12,13 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from .budget import Budget
 from .errors import ConfigError, VTPruneWarning
 from .kernels import reference
+from .kernels.memory import spare
 from .tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
 
 ENTRY_POINT_GROUP = "vtprune.pruners"
@@ -129,6 +131,25 @@ class Pruner:
                 f"{tuple(tokens.source.shape)}"
             )
         return Selection.from_order(reference.topk(scores, pools.lens, pools.counts), tokens)
+
+
+def choose(pruner: Pruner, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
+    """What ``pruner.select`` chooses; on the CPU, where the device has no memory left for it."""
+
+    def on_cpu() -> Selection:
+        here, cpu = tokens.device, torch.device("cpu")
+        ctx = {key: value.to(cpu) if isinstance(value, Tensor) else value for key, value in tokens.ctx.items()}
+        table = None if tokens.vocabulary is None else tokens.vocabulary.to(cpu)
+        found = pruner.select(replace(tokens.to(cpu), ctx=ctx, vocabulary=table), budget, stage)
+        tokens.ctx.update({k: v.to(here) for k, v in ctx.items() if k not in tokens.ctx and isinstance(v, Tensor)})
+        moved = {
+            name: value.to(here)
+            for name in ("index", "cu_seqlens", "order", "features")
+            if (value := getattr(found, name)) is not None
+        }
+        return replace(found, **moved)
+
+    return spare(lambda: pruner.select(tokens, budget, stage), on_cpu, "the CPU chooses")
 
 
 P = TypeVar("P", bound=type[Pruner])

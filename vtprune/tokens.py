@@ -234,8 +234,8 @@ class VisualTokens:
         """
         rows = self.features.shape[0]
         # Activations belong to rows of the packed prompt, which are other rows after a stage.
-        own = {p: v for p, v in self.probes.items() if p.name != "ffn_act"} if rows else {}
-        probes = {p: v.view(rows, len(v) // rows, *v.shape[1:])[index].flatten(0, 1) for p, v in own.items()}
+        own = {p: v for p, v in self.probes.items() if p.name != "ffn_act"}
+        probes = {p: v.view(rows, len(v) // max(rows, 1), *v.shape[1:])[index].flatten(0, 1) for p, v in own.items()}
         return replace(
             self,
             features=self.features[index],

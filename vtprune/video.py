@@ -285,6 +285,8 @@ class _reading:
 def _stream_of(container: Any, path: str) -> Any:
     if not container.streams.video:
         raise InputError(f"{Path(path).name} has no pictures in it, only sound or text; give a video")
+    if container.streams.video[0].codec_context is None:
+        raise InputError(_unreadable(path, "nothing here decodes its pictures"))
     return container.streams.video[0]
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError, InputError, VTPruneWarning
+from ..plain import parse_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,7 +101,7 @@ def config_of(method: str, keep: str, options: Sequence[str]) -> PruneConfig:
         if not equals or not key.strip():
             raise ConfigError(f"--option {item!r} is not of the form key=value, for example importance=norm")
         try:
-            parsed[key.strip()] = json.loads(value)  # numbers, true, false, null
+            parsed[key.strip()] = parse_json(value)  # numbers, true, false, null
         except ValueError:
             parsed[key.strip()] = value
     return PruneConfig(method=parse_names(method), keep=parse_keeps(keep), options=parsed)

@@ -132,6 +132,7 @@ class Engine:
             self._hook_outer(family.model)
 
     def detach(self) -> None:
+        self._leave()  # after an interrupted forward
         self.drop_graphs()
         for handle in self.handles:
             handle.remove()
@@ -326,6 +327,9 @@ class Engine:
 
     def _enter_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call, cache, embeds = self.local.call, kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        if call is not None and call.left_behind(embeds):
+            self._leave()
+            call = None
         state = pos.state_of(cache)
         kw = dict(kwargs)
         if call is None and state is not None:

@@ -14,7 +14,7 @@ from ..budget import Budget
 from ..config import PruneConfig
 from ..errors import VTPruneError
 from ..models.base import Encoding
-from ..registry import Pruner
+from ..registry import Pruner, choose
 from ..tokens import Probe, Selection, Stage, VisualTokens
 from . import positions as pos
 from .prefill import Pack
@@ -78,7 +78,7 @@ class Job:
         """
         budget = self.budget_at(stage)
         with torch.no_grad():
-            selection = self.pruner.select(tokens, budget, stage)
+            selection = choose(self.pruner, tokens, budget, stage)
         if self.pruner.adaptive:
             sample = np.asarray([tokens.image_sample[i] for i in tokens.seg_image], np.int64)
             kept = np.diff(selection.cu_seqlens.cpu().numpy())
@@ -147,6 +147,8 @@ class Call:
         Whether there are any.
     compiled
         How parts of the model ran, where `PruneConfig.compile` asked for graphs.
+    entered
+        The text model was called.
     """
 
     job: Job | None
@@ -176,6 +178,13 @@ class Call:
     marks: dict[Any, Any] = field(default_factory=dict)
     watched: bool = False
     compiled: dict[str, str] = field(default_factory=dict)
+    entered: bool = False
+
+    def left_behind(self, embeds: Tensor | None) -> bool:
+        """Whether this is not the forward that calls the text model now, but an earlier one: PyTorch does not call
+        hooks, not even those that are always called, when a forward ends with a KeyboardInterrupt."""
+        before, self.entered = self.entered, True
+        return before or (embeds is not None and any(m.shape != embeds.shape[:2] for m in self.masks.values()))
 
     @property
     def alive(self) -> Tensor | None:

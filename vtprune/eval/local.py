@@ -27,7 +27,6 @@ import binascii
 import csv
 import functools
 import io
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import ConfigError, InputError
+from ..plain import parse_json
 from ..registry import nearest
 from .tasks import Example, Message, Task, drawn, user
 
@@ -60,7 +60,7 @@ def _the_file(folder: Path, *patterns: str) -> Path:
 def _json(file: Path, *keys: str) -> Any:
     """A JSON file, and what lies under a key of it."""
     try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
+        whole = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {file} ({error}); it should be one JSON object") from None
     for key in keys:
@@ -71,8 +71,13 @@ def _json(file: Path, *keys: str) -> Any:
     return whole
 
 
-def _check(rows: Sequence[dict[str, Any]], columns: Sequence[str], file: Path) -> None:
-    """Refuse a file without these columns, or without rows."""
+#: Kinds of columns, as a message names them.
+NAME: tuple[type, ...] = (str, int)
+_KINDS: dict[Any, str] = {str: "text", int: "a whole number", list: "a list", NAME: "text or a whole number"}
+
+
+def _check(rows: Sequence[dict[str, Any]], columns: dict[str, Any], file: Path) -> None:
+    """Refuse a file without these columns (by name, and what they hold), or without rows."""
     if not rows:
         raise ConfigError(f"{file} has no questions")
     if not isinstance(rows, list):
@@ -83,9 +88,17 @@ def _check(rows: Sequence[dict[str, Any]], columns: Sequence[str], file: Path) -
         missing = [column for column in columns if column not in row]
         if missing:
             raise ConfigError(
-                f"{file}, question {number + 1}: expected the columns {', '.join(columns)}; found {', '.join(row)} "
-                f"(missing: {', '.join(missing)})"
+                f"{file}, question {number + 1}: expected the columns {', '.join(columns)}; found "
+                f"{', '.join(map(str, row))} (missing: {', '.join(missing)})"
             )
+        for column, kind in columns.items():
+            _is(row[column], kind, f"{file}, question {number + 1}: {column}")
+
+
+def _is(value: Any, kind: Any, what: str) -> None:
+    """Refuse a value of another kind."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{what} is {str(value)[:40]!r} ({type(value).__name__}); expected {_KINDS[kind]}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -132,20 +145,22 @@ def _named(folder: Path, *names: str) -> Callable[[], Image.Image]:
 def _vqav2(folder: Path) -> list[Example]:
     asked, answered = _the_file(folder, "*questions*.json"), _the_file(folder, "*annotations*.json")
     questions, annotations = _json(asked, "questions"), _json(answered, "annotations")
-    _check(questions, ("question_id", "image_id", "question"), asked)
-    _check(annotations, ("question_id", "answers"), answered)
+    _check(questions, {"question_id": NAME, "image_id": NAME, "question": str}, asked)
+    _check(annotations, {"question_id": NAME, "answers": list}, answered)
     notes = {note["question_id"]: note for note in annotations}
     found = []
     for row in questions:
         if row["question_id"] not in notes:
             raise ConfigError(f"{answered} has no answers to question {row['question_id']} of {asked.name}")
         note = notes[row["question_id"]]
-        answers = tuple(a["answer"] if isinstance(a, dict) else str(a) for a in note["answers"])
+        answers: tuple[Any, ...] = tuple(a.get("answer") if isinstance(a, dict) else a for a in note["answers"])
+        for answer in answers:
+            _is(answer, str, f"{answered}, question {row['question_id']}: an answer")
         number = row["image_id"]
         names = [str(number)]
         if isinstance(number, int):
             names += [f"COCO_{part}_{number:012d}" for part in ("val2014", "train2014", "test2015")]
-        shown = note.get("multiple_choice_answer") or (answers[0] if answers else "")
+        shown = str(note.get("multiple_choice_answer") or "") or (answers[0] if answers else "")
         text = f"{row['question']}{SHORT}"
         kind = str(note.get("answer_type", "all"))
         draw = _asked(text, _named(folder, *names))
@@ -156,7 +171,10 @@ def _vqav2(folder: Path) -> list[Example]:
 def _textvqa(folder: Path) -> list[Example]:
     file = _the_file(folder, "*.json")
     rows = _json(file, "data")
-    _check(rows, ("question_id", "image_id", "question", "answers"), file)
+    _check(rows, {"question_id": NAME, "image_id": NAME, "question": str, "answers": list}, file)
+    for row in rows:
+        for answer in row["answers"]:
+            _is(answer, str, f"{file}, question {row['question_id']}: an answer")
     return [
         Example(
             *("", str(row["question_id"]), "all", (), row["answers"][0] if row["answers"] else ""),
@@ -174,13 +192,13 @@ def _pope(folder: Path) -> list[Example]:
     found = []
     for file in files:
         try:
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {file} ({error}); it should have a JSON object on each line") from None
-        _check(rows, ("question_id", "image", "text", "label"), file)
+        _check(rows, {"question_id": NAME, "image": str, "text": str, "label": str}, file)
         kind = file.stem.rsplit("_", 1)[-1]
         for row in rows:
-            label = str(row["label"]).strip().lower()
+            label = row["label"].strip().lower()
             if label not in ("yes", "no"):
                 raise ConfigError(
                     f"{file}, question {row['question_id']}: the label is {row['label']!r}, not yes or no"
@@ -196,7 +214,7 @@ def _scienceqa(folder: Path) -> list[Example]:
     if not isinstance(problems, dict) or not all(isinstance(row, dict) for row in problems.values()):
         raise ConfigError(f"{file} should be one JSON object of problems by id")
     rows = [{**row, "id": name} for name, row in problems.items()]
-    _check(rows, ("question", "choices", "answer"), file)
+    _check(rows, {"question": str, "choices": list, "answer": int}, file)
     found = []
     for row in rows:
         if not row.get("image"):
@@ -205,7 +223,8 @@ def _scienceqa(folder: Path) -> list[Example]:
         if not 0 <= row["answer"] < len(row["choices"]):
             raise ConfigError(f"{file}, problem {row['id']}: answer {row['answer']} of {len(row['choices'])} choices")
         hint = f"Context: {row['hint']}\n" if row.get("hint") else ""
-        places = [part / row["id"] / row["image"] for part in (folder / row.get("split", "test"), folder)]
+        _is(row["image"], str, f"{file}, problem {row['id']}: image")
+        places = [part / row["id"] / row["image"] for part in (folder / str(row.get("split", "test")), folder)]
 
         def find(places: list[Path] = places, name: str = f"{row['id']}/{row['image']}") -> Image.Image:
             return open_picture(next((place for place in places if place.is_file()), places[0]), name)
@@ -227,7 +246,7 @@ def _mmbench(place: Path) -> list[Example]:
             rows = list(csv.DictReader(lines, delimiter="\t"))
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"cannot read {file} ({error}); it should be a TSV") from None
-    _check(rows, ("index", "question", "A", "B", "answer", "category", "image"), file)
+    _check(rows, dict.fromkeys(("index", "question", "A", "B", "answer", "category", "image"), str), file)
     by_index = {row["index"]: row for row in rows}
     found = []
     for row in rows:
@@ -241,7 +260,7 @@ def _mmbench(place: Path) -> list[Example]:
                 image = by_index[image]["image"]
             try:
                 return open_picture(io.BytesIO(base64.b64decode(image, validate=True)), f"of question {row['index']}")
-            except binascii.Error as error:
+            except (binascii.Error, ValueError) as error:  # the latter where it is not even ASCII
                 raise InputError(f"the picture of question {row['index']} is not base64 ({error})") from None
 
         text = f"{hint}{row['question']} {listed}{LETTER}"

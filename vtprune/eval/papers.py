@@ -59,20 +59,47 @@ def load(name: str) -> Row:
         raise ConfigError(f"there are no claims of {name!r}{nearest(name, names())}; known: {', '.join(names())}")
     try:
         claims = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last where it is nested without end
         raise ConfigError(f"cannot read the claims {file} ({error})") from None
     for key in ("method", "paper", "table"):
         if key not in claims:
             raise ConfigError(f"{file} has no {key!r}; see benchmarks/README.md for what a file of claims holds")
+    _check(claims, {"method": str, "paper": str, "table": [dict]}, str(file))
     for table in claims["table"]:
         for key in ("model", "tokens", "tolerance", "tasks", "expected"):
             if key not in table:
                 raise ConfigError(f"a table of {file} has no {key!r}; it has {', '.join(table)}")
+        _check({"dense": {}} | table, _TABLE, f"a table of {file}")
         for scores in [table.get("dense", {}), *(s for by in table["expected"].values() for s in by.values())]:
             unknown = [task for task in scores if task != "average" and task not in table["tasks"]]
             if unknown:
                 raise ConfigError(f"{file} has scores of {unknown[0]!r}, which is none of its tasks")
     return claims
+
+
+#: What a table of claims holds; `int | float` is a number.
+_TABLE = {
+    "model": str,
+    "tokens": int | float,
+    "tolerance": int | float,
+    "tasks": {"*": str},
+    "dense": {"*": int | float},
+    "expected": {"*": {"*": {"*": int | float}}},
+}
+
+
+def _check(value: Any, form: Any, what: str) -> None:
+    """Refuse a value that is not of a form: a type, a list of one form, or a table of forms by key (``"*"``: any)."""
+    kind: Any = type(form) if isinstance(form, dict | list) else form
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{what} is {str(value)[:40]!r}; see benchmarks/README.md for what a file of claims holds")
+    if isinstance(form, list):
+        for item in value:
+            _check(item, form[0], what)
+    if isinstance(form, dict):
+        for key, item in value.items():
+            if key in form or "*" in form:
+                _check(item, form.get(key, form.get("*")), f"{key!r} of {what}")
 
 
 def lines(claims: Row, board: Sequence[Row] = ()) -> Iterator[Row]:

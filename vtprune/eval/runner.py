@@ -29,6 +29,7 @@ from ..engine.attach import engine_of
 from ..errors import ConfigError, InputError, VTPruneError
 from ..models import find_family
 from ..models.base import PIXEL_KEYS, Family
+from ..plain import parse_json
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 from . import metrics
 from .controls import CONTROLS, Inputs, blank, downsampled, prepare, thumbnails
@@ -79,7 +80,7 @@ class Method:
             if not key or not equals:
                 raise ConfigError(f"{pair!r} in {text!r} is not of the form key=value, for example importance=norm")
             try:
-                options[key] = json.loads(value)
+                options[key] = parse_json(value)
             except ValueError:
                 options[key] = value
         if not name or (name in CONTROLS and options):

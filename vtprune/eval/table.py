@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, InputError
+from ..plain import parse_json
 from . import stats
 from .controls import CONTROLS
 
@@ -33,7 +33,7 @@ def read(path: str | Path) -> tuple[list[Row], list[Row]]:
         raise ConfigError(f"cannot read the results {path} ({error})") from None
     lines = text[: text.rfind("\n") + 1].splitlines()
     try:
-        rows = [json.loads(line) for line in lines]
+        rows = [parse_json(line) for line in lines]
         headers = [row for row in rows if row["type"] == "run"]
         answers = [row for row in rows if row["type"] != "run"]
     except (ValueError, KeyError, TypeError) as error:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._jit import device_of, fits, jit, multipliable, on_device, tl, triton
-from .dispatch import half, resolve
+from .dispatch import forgiving, half, resolve
 
 
+@forgiving
 @torch.no_grad()
 def attention_rows(
     query: Tensor,

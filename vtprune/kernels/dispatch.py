@@ -6,11 +6,16 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, VTPruneWarning
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -41,13 +46,35 @@ def resolve(backend: str, tensor: Tensor) -> str:
         raise ConfigError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "torch" or (backend == "auto" and tensor.device.type != "cuda"):
         return "torch"
-    reason = _obstacle(tensor.device.type, tensor.device.index)
+    reason = _failed or _obstacle(tensor.device.type, tensor.device.index)
     if reason is None:
         return "triton"
     if backend == "triton":
         raise ConfigError(f"backend='triton' cannot run here: {reason}; choose 'auto' or 'torch'")
     _warn(reason)
     return "torch"
+
+
+#: Why a kernel could not be compiled or launched though others could, once one could not.
+_failed = ""
+
+
+def forgiving(op: Callable[P, T]) -> Callable[P, T]:
+    """Decorator of an op: if its kernel cannot be compiled or launched here, no kernel runs in this process any more
+    (`resolve` says so, in one warning), and the op runs again."""
+
+    @functools.wraps(op)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        global _failed
+        try:
+            return op(*args, **kwargs)
+        except Exception as error:
+            if _failed or interpreted() or not type(error).__module__.startswith("triton"):
+                raise
+            _failed = f"a kernel failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        return op(*args, **kwargs)
+
+    return run
 
 
 def interpreted() -> bool:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from . import reference
 from ._jit import device_of, remember, stages_for
+from .memory import spare
 
 #: Matrices of one call take at most this much memory at a time; a larger one has the memory for itself.
 GRAM_BYTES = 1 << 30
@@ -293,15 +295,23 @@ def run(
         weight = weight.contiguous()
     order = torch.empty(sum(counts), dtype=torch.int64, device=features.device)
     index = torch.empty_like(order)
-    start = done = 0
-    for n, k in zip(lens, counts, strict=True):
-        if k and n > most:
-            picks = slow(slice(start, start + n), k) + start
-            order[done : done + k], index[done : done + k] = picks, picks.sort().values
-        start, done = start + n, done + k
+
+    def by_hand(taken: Sequence[bool]) -> None:
+        start = done = 0
+        for n, k, mine in zip(lens, counts, taken, strict=True):
+            if k and mine:
+                picks = slow(slice(start, start + n), k) + start
+                order[done : done + k], index[done : done + k] = picks, picks.sort().values
+            start, done = start + n, done + k
+
+    def by_kernel(taken: tuple[bool, ...]) -> None:
+        launch(features, weight, plan_of(features, weight, lens, counts, taken), order, index)
+
+    by_hand([n > most for n in lens])
     with device_of(features):
         for taken in _batches(lens, counts, most, size):
-            launch(features, weight, plan_of(features, weight, lens, counts, taken), order, index)
+            how = "pools are done one by one in PyTorch"
+            spare(functools.partial(by_kernel, taken), functools.partial(by_hand, taken), how)
     return order, index
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._jit import describable, descriptor, device_of, jit, multipliable, processors, stages_for, tl, triton
-from .dispatch import resolve
+from .dispatch import forgiving, resolve
 
 #: Most vocabulary rows, states, and numbers of the table that the PyTorch form has in fp32 at a time: whatever the
 #: sizes, it needs some 20 MiB beyond its inputs and results.
@@ -36,7 +36,7 @@ def inverse_norms(table: Tensor, mask: Tensor | None = None) -> Tensor:
     if table.ndim != 2:
         raise InputError(f"the embedding table has shape {tuple(table.shape)}; give [vocabulary, width]")
     blocks = table.detach().split(_block(table))
-    norm = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for rows in blocks])
+    norm = torch.cat([_lengths(rows) for rows in blocks])
     sound = norm.isfinite() & (norm > UNTRAINED)
     if mask is not None:
         if mask.shape != norm.shape or mask.dtype != torch.bool:
@@ -45,6 +45,7 @@ def inverse_norms(table: Tensor, mask: Tensor | None = None) -> Tensor:
     return norm.reciprocal().masked_fill_(~sound, 0.0)
 
 
+@forgiving
 @torch.no_grad()
 def lens_topk(
     hidden: Tensor, table: Tensor, k: int, *, inverse: Tensor | None = None, backend: str = "auto"
@@ -83,6 +84,7 @@ def lens_topk(
     return values.view(*hidden.shape[:-1], k), ids.view(*hidden.shape[:-1], k)
 
 
+@forgiving
 @torch.no_grad()
 def lens_rank(
     hidden: Tensor, table: Tensor, ids: Tensor, *, inverse: Tensor | None = None, backend: str = "auto"
@@ -127,9 +129,15 @@ def _check(hidden: Tensor, table: Tensor, inverse: Tensor | None) -> tuple[Tenso
 # -- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
+def _lengths(rows: Tensor) -> Tensor:
+    """L2 norms of rows ``[n, D]``, ``[n]`` fp32."""
+    # PyTorch refuses to sum fp64 in fp32.
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32)).float()
+
+
 def _inverse_lengths(flat: Tensor) -> Tensor:
     """``[T]`` fp32 1 / norm of the states; NaN for broken ones."""
-    norm = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
+    norm = _lengths(flat)
     return norm.clamp(min=1e-12).reciprocal().masked_fill_(~norm.isfinite(), torch.nan)
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._jit import device_of, jit, on_device, processors, tl, triton
-from .dispatch import resolve
+from .dispatch import forgiving, resolve
 from .reference import wide
 
 #: Neurons per word of a bitmap; neuron ``32 w + b`` is bit b of word w.
 WORD = 32
 
 
+@forgiving
 @torch.no_grad()
 def pack_bits(act: Tensor, *, backend: str = "auto") -> Tensor:
     """Which neurons of each token are active: ``act > 0`` as bits.
@@ -36,6 +37,7 @@ def pack_bits(act: Tensor, *, backend: str = "auto") -> Tensor:
     return run(act.detach())
 
 
+@forgiving
 @torch.no_grad()
 def top_counts(
     act: Tensor, lens: Sequence[int], rho: float = 0.2, *, per_token: bool = True, backend: str = "auto"
@@ -99,6 +101,7 @@ def core(counts: Tensor, beta: float = 0.4) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(ids == size, -1), reference_bits(member[:, :size])
 
 
+@forgiving
 @torch.no_grad()
 def match(bits: Tensor, cores: Tensor, lens: Sequence[int], *, backend: str = "auto") -> Tensor:
     """How many core neurons of its sample each token has active: AND and popcount.
@@ -128,6 +131,7 @@ def match(bits: Tensor, cores: Tensor, lens: Sequence[int], *, backend: str = "a
     return run(bits.detach(), cores, lens)
 
 
+@forgiving
 @torch.no_grad()
 def sparse_ffn(
     x: Tensor,

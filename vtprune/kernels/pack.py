@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._jit import device_of, jit, on_device, tl, triton
-from .dispatch import resolve
+from .dispatch import forgiving, resolve
 
 #: Tensors of features that one launch can take; more take more launches.
 _SLOTS = 4
@@ -30,6 +30,7 @@ class Packed(NamedTuple):
     features: tuple[Tensor, ...]
 
 
+@forgiving
 @torch.no_grad()
 def pack(
     rows: Tensor,
@@ -72,6 +73,7 @@ def pack(
     return reference_pack(rows, ends, hidden, positions, features, width)
 
 
+@forgiving
 @torch.no_grad()
 def gather_rows(
     index: Tensor,

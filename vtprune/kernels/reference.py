@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .memory import spare
+
 #: Pools with more rows get no N x N matrix of cosines; each pick computes the one column that it needs.
 GRAM_ROWS = 4096
 #: How many rows meet all others at a time: fp64 need not be held for all pairs at once.
@@ -164,19 +166,28 @@ class Cosines:
         #: ``[P, Nmax]``: rows without NaN or infinity; padding is not sound either.
         self.sound = pad_sequence(sound, batch_first=True)
 
-        self.lazy = [p for p, n in enumerate(pools.lens) if n > GRAM_ROWS]
-        size = [0 if n > GRAM_ROWS else n for n in pools.lens]
+        self.lane = torch.arange(pools.inside.shape[1], device=features.device)
+        matrices = [0 if n > GRAM_ROWS else n for n in pools.lens]
+        spare(
+            lambda: self._hold(matrices, features.device),
+            lambda: self._hold([0] * len(matrices), features.device),
+            "cosines are made column by column",
+        )
+
+    def _hold(self, size: list[int], device: torch.device) -> None:
+        """Make the matrices of pools of so many rows; those of 0 are lazy."""
+        self.lazy = [p for p, n in enumerate(size) if not n]
         ends = list(accumulate(n * n for n in size))
         # At least one element, because lanes beyond a matrix read whatever lies there (finite, and never used).
-        self.flat = torch.zeros(max(1, ends[-1]), device=features.device)
+        self.flat = torch.zeros(1, device=device)  # first, so that a second attempt frees what the first one made
         self.grams: list[Tensor | None] = [None] * len(size)
+        self.flat = torch.zeros(max(1, ends[-1]), device=device)
         for p, (end, n) in enumerate(zip(ends, size, strict=True)):
             if n:
                 self.grams[p] = self.flat[end - n * n : end].view(n, n)
                 self.grams[p].copy_(products(self.unit[p], self.unit[p]))  # type: ignore[union-attr]
-        self.offset = ints([end - n * n for end, n in zip(ends, size, strict=True)], features.device)[:, None]
-        self.size = ints(size, features.device)[:, None]
-        self.lane = torch.arange(pools.inside.shape[1], device=features.device)
+        self.offset = ints([end - n * n for end, n in zip(ends, size, strict=True)], device)[:, None]
+        self.size = ints(size, device)[:, None]
 
     def to(self, picks: Tensor) -> Tensor:
         """Cosines of all rows to the picked rows (``[P, k]``, counted within the pool): ``[P, k, Nmax]``."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import reference
 from .coverage import coverage as slow_coverage
-from .dispatch import half, resolve
+from .dispatch import forgiving, half, resolve
 from .dpp import dpp as slow_dpp
 
 
@@ -45,6 +45,7 @@ def _in_order(order: Tensor) -> Picks:
     return Picks(order, order.sort().values)
 
 
+@forgiving
 @torch.no_grad()
 def mmr(
     features: Tensor,
@@ -92,6 +93,7 @@ def mmr(
     return Picks(*greedy.pick(greedy.MMR, features, importance, lens, counts, one, lam, parallel_k, minmax))
 
 
+@forgiving
 @torch.no_grad()
 def max_min(features: Tensor, lens: Sequence[int], counts: Sequence[int], backend: str = "auto") -> Picks:
     """Farthest points by cosine distance, from the row whose nearest neighbour is farthest; see `reference.max_min`.
@@ -108,6 +110,7 @@ def max_min(features: Tensor, lens: Sequence[int], counts: Sequence[int], backen
     return Picks(*greedy.pick(greedy.MAX_MIN, features, None, lens, counts, slow))
 
 
+@forgiving
 @torch.no_grad()
 def sads(
     features: Tensor, importance: Tensor, lens: Sequence[int], counts: Sequence[int], backend: str = "auto"
@@ -128,6 +131,7 @@ def sads(
     return Picks(*greedy.pick(greedy.SADS, features, importance, lens, counts, slow))
 
 
+@forgiving
 @torch.no_grad()
 def coverage(
     features: Tensor, weight: Tensor, lens: Sequence[int], counts: Sequence[int], backend: str = "auto"
@@ -148,6 +152,7 @@ def coverage(
     return Picks(*cooperative.cover(features, weight, lens, counts, slow))
 
 
+@forgiving
 @torch.no_grad()
 def dpp(features: Tensor, quality: Tensor, lens: Sequence[int], counts: Sequence[int], backend: str = "auto") -> Picks:
     """The determinant of ``quality_i * quality_j * cosine_ij`` over the picks; see `dpp.dpp`.

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ._jit import describable, descriptor, device_of, jit, multipliable, precise, stages_for, tl, triton
-from .dispatch import resolve
+from .dispatch import forgiving, resolve
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -51,6 +51,7 @@ class Layers(NamedTuple):
     outer: Tensor
 
 
+@forgiving
 @torch.no_grad()
 def mean_change(rows: Tensor, layers: Layers, directions: Tensor, h: float, *, backend: str = "auto") -> Tensor:
     """Mean length of the projector's change per unit step, over directions that all tokens share.
@@ -81,6 +82,7 @@ def mean_change(rows: Tensor, layers: Layers, directions: Tensor, h: float, *, b
     return run(rows.detach(), Layers(*_detached(layers)), directions.detach(), float(h))
 
 
+@forgiving
 @torch.no_grad()
 def mean_square_change(rows: Tensor, layers: Layers, gram: Tensor, *, backend: str = "auto") -> Tensor:
     """Root mean square of the projector's change over all directions: the Frobenius norm of its Jacobian, scaled.

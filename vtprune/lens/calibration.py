@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import ConfigError, InputError
 from ..kernels import reference
 from ..kernels.lens_topk import inverse_norms, lens_rank
+from ..plain import parse_json
 
 #: Classes by precedence, where one must be shown of several. What is in none of them is alive.
 CLASSES = ("vit_sink", "llm_sink", "dead")
@@ -217,7 +218,7 @@ class Calibration:
         path = Path(path)
         path = path / FILE if path.is_dir() else path
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"cannot read the calibration {path} ({error}); make one with vtprune.lens.calibrate"

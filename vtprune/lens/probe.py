@@ -24,6 +24,7 @@ from ..errors import ConfigError, InputError, VTPruneError
 from ..kernels.lens_topk import inverse_norms, lens_topk
 from ..models import find_family
 from ..models.base import Family
+from ..plain import parse_json
 from ..tokens import VisualTokens
 from .calibration import Calibration, Categories, short_name
 
@@ -173,7 +174,7 @@ class Lens:
             It is something else, or of another format.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data["format"] != FORMAT:
                 raise ConfigError(f"this is format {data['format']} of a lens, and only {FORMAT} is known")
             views = tuple(View(**{**v, "grid": tuple(v["grid"]), "box": tuple(v["box"])}) for v in data["views"])
@@ -183,18 +184,22 @@ class Lens:
             if data["classes"] is not None:
                 members = np.array(data["members"], bool).reshape(shape[1], len(data["classes"]))
                 classes = Categories(tuple(data["classes"]), members)
+            ids = np.array(data["ids"], np.int64).reshape(shape)
+            coords = np.array(data["coords"], np.float32).reshape(shape[1], 3)
+            if ids.shape != cosines.shape or not np.isfinite(coords).all():
+                raise ValueError(f"{ids.shape} ids, {cosines.shape} cosines, or coordinates that are no numbers")
             return cls(
                 tuple(data["layers"]),
-                np.array(data["ids"], np.int64).reshape(shape),
+                ids,
                 np.where(np.isnan(cosines), -np.inf, cosines).astype(np.float32),
-                np.array(data["coords"], np.float32).reshape(-1, 3),
+                coords,
                 views,
                 {int(number): word for number, word in data["words"].items()},
                 data["checkpoint"],
                 classes,
                 data["why"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"this is not a lens that to_json() wrote ({error})") from None

@@ -94,19 +94,25 @@ def load(
     if not local and (str(name).startswith((".", "~", "/")) or str(name).count("/") > 1):
         raise ConfigError(f"there is no folder {name}; give a checkpoint folder, a hub name, or 'pocket-llava'")
     try:
-        config = AutoConfig.from_pretrained(path)
+        # Not left to transformers, which asks at the terminal whether to run a checkpoint's own code.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not hasattr(config, "vision_config"):
             raise UnsupportedModelError(
                 f"{name} is a {config.model_type!r} model without vision; give a vision-language checkpoint"
             )
-        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **spread, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(path)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, **spread, output_loading_info=True, trust_remote_code=False
+        )
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except UnsupportedModelError:
         raise
     except Exception as error:
         # transformers, safetensors, the hub client and json each raise their own kinds for a bad checkpoint.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "" if local else nearest(str(name), embedded_models()) or f"; embedded: {', '.join(embedded_models())}"
+        if "custom code" in reason:
+            reason = "it brings code of its own, which is not run here"
+            hint = "; if you trust it, load it with transformers, and give the model to vtprune.apply"
         raise ConfigError(f"cannot load {name!s}: {reason}{hint}") from error
     missing = [k for k in info["missing_keys"] if "position_ids" not in k]
     if missing or info.get("mismatched_keys"):

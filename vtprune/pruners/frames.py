@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budget import Budget, largest_remainder
+from ..budget import Budget, largest_remainder, segments_of
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens, cu_seqlens_of
 from . import grid
@@ -32,13 +32,10 @@ class FramesPruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         counts: list[int] = []
-        for left, count in zip(*budget.pools(tokens), strict=True):
-            start = stop = len(counts)
-            while stop < len(tokens.seqlens) and tokens.seqlens[stop] <= left:
-                left -= tokens.seqlens[stop]
-                stop += 1
-            clip = set(tokens.seg_kind[start:stop]) == {"frame"}
-            counts += (spread if clip else largest_remainder)(count, tokens.seqlens[start:stop])
+        pools = budget.pools(tokens)
+        for span, count in zip(segments_of(tokens, pools.lens), pools.counts, strict=True):
+            clip = set(tokens.seg_kind[span]) == {"frame"}
+            counts += (spread if clip else largest_remainder)(count, tokens.seqlens[span])
         return Selection(grid._lattice(tokens, tuple(counts)), cu_seqlens_of(counts, tokens.device))
 
 

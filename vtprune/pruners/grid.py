@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..budget import Budget, Pools, largest_remainder
+from ..budget import Budget, largest_remainder, segments_of
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens, cu_seqlens_of
 
@@ -32,22 +32,18 @@ class GridPruner(Pruner):
     query_aware = False
     training_free = True
     adaptive = False
+    ordered = False
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
-        counts = _per_segment(tokens.seqlens, budget.pools(tokens))
+        counts = per_segment(tokens, budget)
         return Selection(_lattice(tokens, counts), cu_seqlens_of(counts, tokens.device))
 
 
-def _per_segment(seqlens: tuple[int, ...], pools: Pools) -> tuple[int, ...]:
-    """Split the count of each pool over the segments that it spans."""
-    counts: list[int] = []
-    for left, count in zip(pools.lens, pools.counts, strict=True):
-        start = stop = len(counts)
-        while stop < len(seqlens) and seqlens[stop] <= left:
-            left -= seqlens[stop]
-            stop += 1
-        counts.extend(largest_remainder(count, seqlens[start:stop]))
-    return tuple(counts)
+def per_segment(tokens: VisualTokens, budget: Budget) -> tuple[int, ...]:
+    """The count of each pool, split over the segments that it spans."""
+    pools = budget.pools(tokens)
+    spans = zip(segments_of(tokens, pools.lens), pools.counts, strict=True)
+    return tuple(k for span, count in spans for k in largest_remainder(count, tokens.seqlens[span]))
 
 
 def _lattice(tokens: VisualTokens, counts: tuple[int, ...]) -> Tensor:

@@ -35,7 +35,7 @@ class PoolPruner(Pruner):
     ordered = False
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
-        counts = grid._per_segment(tokens.seqlens, budget.pools(tokens))
+        counts = grid.per_segment(tokens, budget)
         index, into = cells(tokens, counts)
         with common.exact(tokens):
             features = common.merged(tokens, index, into)

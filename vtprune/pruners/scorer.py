@@ -97,7 +97,13 @@ def load(path: str) -> Scorer:
         raise ConfigError(
             f"{path} is not a whole safetensors file ({error}); fetch or train the scorer again"
         ) from None
-    hidden, width = state.get("query.weight", torch.empty(0, 0)).shape
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{path} holds no scorer: {name} is {tensor.dtype}; weights are floating point")
+        if not bool(tensor.float().isfinite().all()):
+            raise ConfigError(f"{path} is spoilt: {name} has NaN or infinite values; train the scorer again")
+    first = state.get("query.weight", torch.empty(0, 0))
+    hidden, width = first.shape if first.ndim == 2 else (0, 0)
     scorer = Scorer(width, hidden or 1)
     wanted = {name: tuple(p.shape) for name, p in scorer.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}

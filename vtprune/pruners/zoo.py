@@ -20,12 +20,15 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..kernels import reference, select
 from ..kernels import sensitivity as op
 from ..kernels.dispatch import half, resolve
+from ..kernels.memory import spare
 from ..registry import Pruner, register
 from ..tokens import PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
 
 ESTIMATORS = ("fd", "fd_fused", "jvp", "frobenius")
 #: Values that one block of directions may take, per intermediate tensor.
 BLOCK = 1 << 24
+#: Tokens at a time, where memory is short.
+FEW = 64
 
 Projector = Callable[[Tensor], Tensor]
 
@@ -205,12 +208,21 @@ class ZooPruner(Pruner):
         for n in tokens.image_lens:  # image by image, in memory of its own: rounded alike alone and in a batch
             rows = raw[start * group : (start + n) * group].detach().to(dtype, copy=True)
             if n:
-                found = sensitivity(rows, projector, directions, self.h, ran, group)
+                measure = functools.partial(
+                    sensitivity, projector=projector, directions=directions, h=self.h, estimator=ran, group=group
+                )
+                few = functools.partial(_part_by_part, measure, rows, group)
+                how = "the projector is asked about a few tokens at a time"
+                found = spare(functools.partial(measure, rows), few, how)
                 scores[start : start + n] = found.to(scores, non_blocking=True)
             start += n
         if ran in ("fd", "fd_fused"):
             noise = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * _norms(tokens) / (2 * self.h)
         return scores, noise, ran
+
+
+def _part_by_part(measure: Callable[[Tensor], Tensor], rows: Tensor, group: int) -> Tensor:
+    return torch.cat([measure(some) for some in rows.split(FEW * group)])
 
 
 def _norms(tokens: VisualTokens) -> Tensor:

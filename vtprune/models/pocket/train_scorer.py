@@ -46,6 +46,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -311,9 +312,16 @@ class ScorerTrainer(Trainer):
 
     def keep_state(self, path: Path, seconds: float) -> None:
         """Write all that `restore` needs; the old state stands until the new one is whole."""
-        state = {"scorer": self.scorer.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        state |= {"best": self.best, "best_weights": self.best_weights, "seconds": seconds}
-        torch.save(state | {"run": self.run()}, path.with_suffix(".part"))
+        moments = self.optimizer.state_dict()
+        tensors = {f"scorer/{name}": value for name, value in self.scorer.state_dict().items()}
+        tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
+        for number, own in moments["state"].items():
+            tensors |= {f"optimizer/{number}/{name}": value for name, value in own.items()}
+        facts = {"step": self.step, "best": self.best, "seconds": seconds, "run": self.run()}
+        facts["groups"] = moments["param_groups"]
+        # Copies: safetensors does not take tensors that share memory.
+        copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+        save_file(copies, path.with_suffix(".part"), {"facts": json.dumps(facts)})
         path.with_suffix(".part").replace(path)
 
     def run(self) -> dict[str, Any]:
@@ -328,14 +336,23 @@ class ScorerTrainer(Trainer):
         ValueError
             If the state is of another run.
         """
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["run"] != self.run():
-            raise ValueError(f"{path} is the state of another run ({state['run']}); choose another --out or remove it")
-        self.scorer.load_state_dict(state["scorer"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best, self.best_weights = state["step"], state["best"], state["best_weights"]
+        found: dict[str, Any] = {"scorer": {}, "best": {}, "optimizer": {}}
+        with safe_open(path, framework="pt", device=str(self.device)) as file:
+            facts = json.loads(file.metadata()["facts"])
+            for key in file.keys():  # noqa: SIM118  # it is no mapping
+                part, _, name = key.partition("/")
+                found[part][name] = file.get_tensor(key)
+        if facts["run"] != self.run():
+            raise ValueError(f"{path} is the state of another run ({facts['run']}); choose another --out or remove it")
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in found["optimizer"].items():
+            number, _, name = key.partition("/")
+            moments.setdefault(int(number), {})[name] = value
+        self.scorer.load_state_dict(found["scorer"])
+        self.optimizer.load_state_dict({"state": moments, "param_groups": facts["groups"]})
+        self.step, self.best, self.best_weights = facts["step"], facts["best"], found["best"]
         self.fresh = self.schedule.taught if self.step > self.schedule.taught else 0
-        return float(state["seconds"])
+        return float(facts["seconds"])
 
 
 def train(
