@@ -173,8 +173,8 @@ def test_budgets_fall_and_then_are_drawn() -> None:
 
 def test_the_command_writes_a_selector_that_the_method_takes(tmp_path: Path) -> None:
     out = tmp_path / "selector.safetensors"
-    command = "--task pocketvqa/basic --examples 3 --steps 2 --taught 1 --batch 3 --check-every 1 --out"
+    command = "--task pocketvqa/basic --examples 3 --steps 1 --taught 0 --batch 2 --held 0.3 --out"
     assert training.main([*command.split(), str(out)]) == 0
     assert out.stat().st_size < 2**20 and load(out).width == 256
     log = out.with_suffix(".jsonl").read_text()
-    assert '"event": "stop", "step": 2' in log and "held 0.1111" in log
+    assert '"event": "stop", "step": 1' in log and "held 0.1111" in log
