@@ -221,9 +221,10 @@ class SelectorPruner(Pruner):
     is VisionSelector's (arXiv:2510.16598), whose scorer does not see the question (`IDPruner` has it); that the
     question should steer what is kept is the common ground of SparseVLM and CDPruner. Here one small transformer reads
     both (see `Network`), so that what is kept may differ from question to question, and a token's score may fall
-    because another one tells the same. It costs less than 3 % of the prefill, reads nothing but what enters the
-    language model (so any encoder will do), and one training serves all budgets: the score does not know the budget,
-    and its training draws one anew for each batch.
+    because another one tells the same. The network costs less than 3 % of the prefill, reads nothing but what enters
+    the language model (so any encoder will do), and one training serves all budgets: the score does not know the
+    budget, and its training draws one anew for each batch. Cosines of all pairs, unless ``mmr_lambda=1``, cost
+    ``2 N^2 D`` besides, which is as much again in a model as small as ``pocket-llava``.
 
     A selector belongs to one checkpoint, and is trained by `vtprune.training.selector` on prompts that the checkpoint
     answers; neither labels nor gradients of the checkpoint's weights are needed. ``pocket-llava`` ships with one.
