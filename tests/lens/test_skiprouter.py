@@ -127,6 +127,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         with pytest.warns(VTPruneWarning, match="never fired"):
             vtprune.remove(model)
         model(**tiny.prompt(model, 1))
+    for keep in ("a quarter", 64):
+        with pytest.raises(ConfigError, match="is no share"), skiprouter(model, router, keep):  # type: ignore[arg-type]
+            pass
     save_file({"first": torch.zeros(1)}, tmp_path / "odd.safetensors")
     with pytest.raises(ConfigError, match="holds no router: bias, first, second"):
         Router.load(tmp_path / "odd.safetensors")

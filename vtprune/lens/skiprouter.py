@@ -35,7 +35,7 @@ from ..engine.report import prefill_flops
 from ..errors import ConfigError
 from ..kernels import reference
 from ..models import find_family
-from ..pruners import weights
+from ..pruners import common, weights
 from .interventions import _silence, _warn
 
 FEATURES = 4
@@ -117,7 +117,7 @@ def skiprouter(model: nn.Module, router: Router, keep: float) -> Iterator[None]:
     Raises
     ------
     ConfigError
-        The router is of another depth, or pruning is applied to the model.
+        `keep` is no share, the router is of another depth, or pruning is applied to the model.
 
     Warns
     -----
@@ -128,6 +128,7 @@ def skiprouter(model: nn.Module, router: Router, keep: float) -> Iterator[None]:
     depth = len(family.lm.layers)
     if router.bias.shape[0] != depth:
         raise ConfigError(f"the router is for {router.bias.shape[0]} layers, the model has {depth}; train one for it")
+    common.share("keep", keep)
     budget = Budget(float(keep), allocation="pooled")
     router = router.to(family.vocabulary.device)
     key = object()
