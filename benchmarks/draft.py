@@ -10,9 +10,10 @@ embeddings, frozen, under 3 layers of 2 heads of 32 and 192 neurons, trained fro
 split. It is not shipped; the table is what is kept. `mmr_lambda=1` is the top-k of the draft's attention.
 
 `draft-<gpu>.csv`: accuracy by world, kind of question, method and budget, and what the best draft is better by, with
-95 % intervals; `draft_share` is what the draft's language model costs, as a share of the target's dense prefill, and
-`saved_share` what the target saves; a draft pays where the first is smaller. `draft_ms` and `saved_ms` are measured, on
-single prompts, the vision tower left out on both sides, since the drafts here share the target's.
+95 % intervals (the best is chosen per world on the very questions that are tabled, which flatters it); `draft_share` is
+what the draft's language model costs, as a share of the target's dense prefill, and `saved_share` what the target
+saves; a draft pays where the first is smaller. `draft_ms` and `saved_ms` are measured, on single prompts, the vision
+tower left out on both sides, since the drafts here share the target's.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ import transformers
 from torch import Tensor
 
 import vtprune
+from benchmarks.papers import named
 from benchmarks.tables import RESULTS, write
 from vtprune.eval import controls, runner, stats, tasks
 from vtprune.eval.runner import current_commit as commit
@@ -220,18 +221,14 @@ def main(arguments: list[str] | None = None) -> int:
         means, drawn = stats.macro(served, kinds), stats.bootstrap(served, kinds)
         for m, row in enumerate(table):
             d = m + len(table)
-            row |= _named(("accuracy", "low", "high"), stats.interval(means[m], drawn[:, m]))
-            row |= _named(("dense_accuracy", "dense_low", "dense_high"), stats.interval(means[d], drawn[:, d]))
+            row |= named(("accuracy", "low", "high"), stats.interval(means[m], drawn[:, m]))
+            row |= named(("dense_accuracy", "dense_low", "dense_high"), stats.interval(means[d], drawn[:, d]))
             minus = stats.interval(means[0] - means[m], drawn[:, 0] - drawn[:, m])
-            row |= _named(("dense_minus", "minus_low", "minus_high"), minus) | {"n": len(kinds)}
+            row |= named(("dense_minus", "minus_low", "minus_high"), minus) | {"n": len(kinds)}
             print(row, flush=True)
     name = "memory" if given.memory else source["device"].lower().replace(" ", "-")
     write(given.out / f"lora-{name}.csv", [{**row, **source} for row in table])
     return 0
-
-
-def _named(names: tuple[str, ...], values: Any) -> dict[str, float]:
-    return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
 
 
 if __name__ == "__main__":

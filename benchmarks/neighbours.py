@@ -90,6 +90,8 @@ def table(answers: Answers, model: str, world: str, priced: dict[tuple[str, str]
     to_best = rows_of(answers, model, world, lambda column: (best(column[1]), column[1]))
     found = []
     for one, other in zip(to_random, to_best, strict=True):
+        if (one["method"], one["keep"]) not in priced:
+            continue  # answered by an earlier run, and not asked for now
         row = {key: one[key] for key in ("model", "world", "method", "keep", "tokens")}
         row["flops"] = priced[one["method"], one["keep"]]
         row |= {key: one[key] for key in ("n", "accuracy", "low", "high")}

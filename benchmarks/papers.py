@@ -224,20 +224,21 @@ def rows_of(answers: Answers, model: str, world: str, reference_of: Any = None) 
     for m, (method, keep) in enumerate(answers.combinations):
         low_high = stats.interval(means[m], drawn[:, m])
         row = {"model": model, "world": world, "method": method, "keep": keep, "tokens": f"{answers.tokens[m]:g}"}
-        row |= {"n": len(correct), **_named(("accuracy", "low", "high"), low_high)}
+        row |= {"n": len(correct), **named(("accuracy", "low", "high"), low_high)}
         if reference_of is not None:
             other = reference_of((method, keep))
             row |= dict.fromkeys(("against", "difference", "difference_low", "difference_high"), "")
             if other in answers.combinations:
                 o = answers.combinations.index(other)
                 gain = stats.interval(means[m] - means[o], drawn[:, m] - drawn[:, o])
-                row |= {"against": other[0], **_named(("difference", "difference_low", "difference_high"), gain)}
+                row |= {"against": other[0], **named(("difference", "difference_low", "difference_high"), gain)}
         table.append({**row, **about(answers.header)})
     return table
 
 
-def _named(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in zip(names, values, strict=True)}
+def named(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """Numbers of a table under their columns, four digits each."""
+    return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
 
 
 def without(column: tuple[str, str]) -> tuple[str, str]:

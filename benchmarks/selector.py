@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.papers import about
+from benchmarks.papers import about, named
 from benchmarks.side_by_side import Job, default_workers, side_by_side
 from benchmarks.tables import BATCH, RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
 from vtprune.eval import stats
@@ -76,17 +76,13 @@ def compared(
         means, drawn = stats.macro(right, own), stats.bootstrap(right, own)
         for m, (method, keep, tokens) in enumerate(columns):
             row = {**common, "kind": kind, "method": method, "keep": keep, "tokens": f"{tokens:g}", "n": len(right)}
-            row |= _named(("accuracy", "low", "high"), stats.interval(means[m], drawn[:, m]))
+            row |= named(("accuracy", "low", "high"), stats.interval(means[m], drawn[:, m]))
             row |= dict.fromkeys(minus, "")
             o = at.get((ours, keep), m)
             if o != m:
-                row |= _named(minus, stats.interval(means[o] - means[m], drawn[:, o] - drawn[:, m]))
+                row |= named(minus, stats.interval(means[o] - means[m], drawn[:, o] - drawn[:, m]))
             table.append({**row, **source})
     return table
-
-
-def _named(names: tuple[str, ...], values: Any) -> dict[str, float]:
-    return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
 
 
 def main(arguments: list[str] | None = None) -> int:

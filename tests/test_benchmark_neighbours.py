@@ -26,13 +26,15 @@ def test_work_is_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
     example = next(tasks.get("pocketvqa/basic").examples("test", 1, 0))
     inputs = controls.prepare(family, processor, [example])
     prompt, config = reversible.prompts_of(reversible.MODEL, "basic")[0], model.config.text_config
-    for method in (*reversible.REVERSIBLE, *reversible.FOR_GOOD):
-        with runner.presented(family, processor, [example], inputs, runner.Method.parse(method), "1/3") as (given, _):
-            model(**given, logits_to_keep=1)
-            report = vtprune.report(model)
-        found = reversible.share(method, "1/3", [prompt], config)
-        assert found.overall == pytest.approx(report.flops_after / report.flops_before, rel=1e-9), method
-        assert found.attention < found.overall < 1
+    with runner.encode_once(model):
+        for method in (*reversible.REVERSIBLE, *reversible.FOR_GOOD):
+            told = runner.Method.parse(method)
+            with runner.presented(family, processor, [example], inputs, told, "1/3") as (given, _):
+                model(**given, logits_to_keep=1)
+                report = vtprune.report(model)
+            found = reversible.share(method, "1/3", [prompt], config)
+            assert found.overall == pytest.approx(report.flops_after / report.flops_before, rel=1e-9), method
+            assert found.attention < found.overall < 1
 
 
 def test_budgets_are_matched_to_the_nearest_thousandth() -> None:
@@ -63,6 +65,19 @@ def test_a_table_has_chance_the_six_and_what_was_asked_for(tmp_path: Path, monke
         gain = float(row["accuracy"]) - six[row["best"]]
         assert float(row["minus_best"]) == pytest.approx(gain, abs=1e-3)
         assert float(row["minus_best_low"]) <= gain + 1e-3 and gain - 1e-3 <= float(row["minus_best_high"])
+
+
+def test_what_an_earlier_run_answered_is_in_no_table_that_does_not_ask_for_it() -> None:
+    columns = [("dense", "1"), ("random", "1/9"), ("idpruner", "1/9"), ("spatten", "1/9")]
+    answers = argparse.Namespace(
+        combinations=columns,
+        correct=np.eye(4, dtype=bool),
+        kinds=["color"] * 4,
+        tokens=[64.0] * 4,
+        header=dict.fromkeys(("device", "torch", "transformers", "commit"), "x"),
+    )
+    rows = neighbours.table(answers, "pocket-llava", "basic", dict.fromkeys(columns[:3], 0.5))
+    assert [(row["method"], row["best"]) for row in rows[1:]] == [("random", "idpruner"), ("idpruner", "idpruner")]
 
 
 def test_rows_of_methods_that_prune_for_good_name_what_they_are_equal_to(monkeypatch: pytest.MonkeyPatch) -> None:

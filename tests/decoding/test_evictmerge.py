@@ -122,17 +122,17 @@ def test_it_is_what_loops_over_heads_work_out(family: str, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case, attention", [*(("merge", attention) for attention in ATTENTIONS), ("local", "sdpa"), ("random", "sdpa")]
+    "case, attention", [*(("merge", a) for a in ATTENTIONS if a != "sdpa"), ("local", "sdpa"), ("random", "sdpa")]
 )
 def test_the_same_alone_in_a_padded_batch_and_under_any_attention(case: str, attention: str) -> None:
     model, plain = tiny.build("llava", attention), tiny.build("llava")
     samples = tiny.mixed(model)
     with evictmerge(model, keep=0.4, **OPTIONS[case]):
-        together, logits = generate(model, tiny.collate(samples), 3)
+        together, logits = generate(model, tiny.collate(samples), 2)
     with evictmerge(plain, keep=0.4, **OPTIONS[case]):
         for b, sample in enumerate(samples):
             if bool((sample["input_ids"] == tiny.IMAGE).any()):
-                alone, own = generate(plain, sample, 3)
+                alone, own = generate(plain, sample, 2)
                 assert same(alone[0], together[b])
                 assert_close(own[0], logits[b], 1e-4)
 

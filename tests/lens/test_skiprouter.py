@@ -66,6 +66,19 @@ def test_an_indifferent_router_is_the_lens_skip_of_all_but_the_first_tokens(fami
         assert torch.equal(model(**batch).logits, whole)
 
 
+@torch.no_grad()
+def test_padding_at_the_right_is_not_taken_for_the_last_row() -> None:
+    model = tiny.build("llava")
+    torch.manual_seed(1)
+    samples = [tiny.prompt(model, 1, seed=1), tiny.prompt(model, 2, seed=2)]
+    batch = tiny.collate(samples, "right")
+    length = samples[0]["input_ids"].shape[1]
+    with skiprouter(model, Router(tiny.LAYERS), 0.3):
+        want = model(**samples[0]).logits[0]
+        found = model(**batch).logits[0, :length]
+    torch.testing.assert_close(found, want, atol=2e-5, rtol=1e-4)
+
+
 def test_what_is_trained_is_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """At temperature 0 the gates are the choice of `skiprouter`, and softly the loss has a gradient in each layer."""
     model = tiny.build("llava").requires_grad_(False)
@@ -114,10 +127,19 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         with pytest.warns(VTPruneWarning, match="never fired"):
             vtprune.remove(model)
         model(**tiny.prompt(model, 1))
+    for keep in ("a quarter", 64):
+        with pytest.raises(ConfigError, match="is no share"), skiprouter(model, router, keep):  # type: ignore[arg-type]
+            pass
     save_file({"first": torch.zeros(1)}, tmp_path / "odd.safetensors")
-    with pytest.raises(ConfigError, match="holds no router, but first"):
+    with pytest.raises(ConfigError, match="holds no router: bias, first, second"):
         Router.load(tmp_path / "odd.safetensors")
     with pytest.raises(ConfigError, match="there is no router"):
         Router.load(tmp_path / "none.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"no")
+    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+        Router.load(tmp_path / "torn.safetensors")
+    save_file({**router.state_dict(), "bias": torch.zeros(3)}, tmp_path / "flat.safetensors")
+    with pytest.raises(ConfigError, match="holds no router: bias"):
+        Router.load(tmp_path / "flat.safetensors")
     save_file(router.state_dict(), tmp_path / "router.safetensors")
     assert torch.equal(Router.load(tmp_path / "router.safetensors").second, router.second)

@@ -171,10 +171,21 @@ def test_budgets_fall_and_then_are_drawn() -> None:
     assert min(drawn) >= 1 / 24 and max(drawn) <= 1 / 5 and max(drawn) > 2 * min(drawn)
 
 
+def test_no_picture_is_learnt_from_and_checked_on() -> None:
+    def lesson(picture: int, question: int) -> school.Lesson:
+        rows = torch.tensor([[0.0], [picture], [picture], [question]])
+        return school.Lesson(rows, torch.arange(4), (torch.tensor([1, 2]),), (), rows[3:], torch.tensor([1]))
+
+    made = [lesson(picture, question) for picture in range(3) for question in range(4)]
+    held, rest = training.apart(made, 0.5)
+    assert held == made[:6] and rest == made[8:]
+    assert training.apart(made[:4], 0.5) == (made[:2], made[:4])
+
+
 def test_the_command_writes_a_selector_that_the_method_takes(tmp_path: Path) -> None:
     out = tmp_path / "selector.safetensors"
-    command = "--task pocketvqa/basic --examples 3 --steps 2 --taught 1 --batch 3 --check-every 1 --out"
+    command = "--task pocketvqa/basic --examples 3 --steps 1 --taught 0 --batch 2 --held 0.3 --out"
     assert training.main([*command.split(), str(out)]) == 0
     assert out.stat().st_size < 2**20 and load(out).width == 256
     log = out.with_suffix(".jsonl").read_text()
-    assert '"event": "stop", "step": 2' in log and "held 0.1111" in log
+    assert '"event": "stop", "step": 1' in log and "held 0.1111" in log

@@ -2,7 +2,7 @@
 """A trained router that lets visual tokens skip layers: no token is dropped, but most do not take part in every layer.
 
 The token half of FTP (A Fine-grained Token-wise Pruner for Large Language Models via Token Routing, arXiv:2412.11494).
-In: in front of each layer a router of a few hundred weights reads four numbers of each token and says which tokens the
+In: in front of each layer a router of a hundred weights reads four numbers of each token and says which tokens the
 layer works on; the others pass it by. Left out, or otherwise:
 
 - Visual tokens alone are routed. Text always takes part.
@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..budget import Budget
@@ -36,6 +35,7 @@ from ..engine.report import prefill_flops
 from ..errors import ConfigError
 from ..kernels import reference
 from ..models import find_family
+from ..pruners import common, weights
 from .interventions import _silence, _warn
 
 FEATURES = 4
@@ -73,12 +73,8 @@ class Router(nn.Module):
         """
         if not Path(path).is_file():
             raise ConfigError(f"there is no router {path}; train one with python -m vtprune.training.skiprouter")
-        state = load_file(path)
-        if set(state) != {"first", "bias", "second"}:
-            raise ConfigError(f"{path} holds no router, but {', '.join(sorted(state)[:4])}")
-        router = cls(*state["bias"].shape)
-        router.load_state_dict(state)
-        return router.requires_grad_(False).eval()
+        state = weights.read(Path(path), path, "router")
+        return weights.filled(cls(*weights.shape_of(state, "bias", (1, 1))), state, path, "router")
 
 
 def features(rows: Tensor, last: Tensor, keep: float) -> Tensor:
@@ -111,7 +107,8 @@ def skiprouter(model: nn.Module, router: Router, keep: float) -> Iterator[None]:
     Parameters
     ----------
     model
-        A stock transformers model of a supported family, not pruned. Prompts are padded at the left, if at all.
+        A stock transformers model of a supported family, not pruned. Prompts that come as embeddings, without ids, are
+        padded at the left, if at all.
     router
         Trained for this model.
     keep
@@ -120,7 +117,7 @@ def skiprouter(model: nn.Module, router: Router, keep: float) -> Iterator[None]:
     Raises
     ------
     ConfigError
-        The router is of another depth, or pruning is applied to the model.
+        `keep` is no share, the router is of another depth, or pruning is applied to the model.
 
     Warns
     -----
@@ -131,6 +128,7 @@ def skiprouter(model: nn.Module, router: Router, keep: float) -> Iterator[None]:
     depth = len(family.lm.layers)
     if router.bias.shape[0] != depth:
         raise ConfigError(f"the router is for {router.bias.shape[0]} layers, the model has {depth}; train one for it")
+    common.share("keep", keep)
     budget = Budget(float(keep), allocation="pooled")
     router = router.to(family.vocabulary.device)
     key = object()
@@ -143,7 +141,7 @@ def skiprouter(model: nn.Module, router: Router, keep: float) -> Iterator[None]:
             raise ConfigError("tokens cannot be routed while they are pruned; call vtprune.remove(model) first")
         assert call.tokens is not None
         pools = budget.pools(call.tokens)
-        call.marks[key] = (pools, call.tokens.image_sample)
+        call.marks[key] = (pools, call.tokens.image_sample, _last_rows(call))
 
     with watching(family, note) as engine, ExitStack() as stack:
         for i, layer in enumerate(family.lm.layers):
@@ -164,17 +162,25 @@ def _choose(
     call = engine.local.call
     if call is None or key not in call.marks or call.slots is None:
         return
-    pools, samples = call.marks[key]
+    pools, samples, ends = call.marks[key]
     hidden = args[0] if args else kwargs["hidden_states"]
     slots = call.slots.to(hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = hidden.flatten(0, 1)[slots]
         scores = [
-            router(index, features(part, hidden[sample, -1], keep))
+            router(index, features(part, hidden[sample, -1 if call.packs else ends[sample]], keep))
             for part, sample in zip(rows.split(list(pools.lens)), samples, strict=True)
         ]
         stays = reference.topk(torch.cat(scores), pools.lens, pools.counts)
         call.marks[key, index] = torch.ones_like(slots, dtype=torch.bool).index_fill(0, stays, False)
+
+
+def _last_rows(call: Call) -> list[int]:
+    """Where the prompt of each sample ends, counted from the right of a batch that is not packed."""
+    assert call.tokens is not None
+    if call.fetched is None or call.fetched.valid is None:
+        return [-1] * call.tokens.num_samples
+    return [-1 - int(gap) for gap in call.fetched.valid[:, ::-1].argmax(1)]
 
 
 def share(config: Any, rows: int, visual: int, keep: float) -> float:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..kernels import reference
+from . import weights
 
 FILE = "scorer.safetensors"
 #: Where a model that ships with the package has its scorer.
@@ -91,27 +90,9 @@ def load(path: str) -> Scorer:
             f"there is no scorer {path}; give the path of a safetensors file"
             + (f", or the name of a model that ships with one: {', '.join(shipped)}" if shipped else "")
         )
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ConfigError(
-            f"{path} is not a whole safetensors file ({error}); fetch or train the scorer again"
-        ) from None
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise ConfigError(f"{path} holds no scorer: {name} is {tensor.dtype}; weights are floating point")
-        if not bool(tensor.float().isfinite().all()):
-            raise ConfigError(f"{path} is spoilt: {name} has NaN or infinite values; train the scorer again")
-    first = state.get("query.weight", torch.empty(0, 0))
-    hidden, width = first.shape if first.ndim == 2 else (0, 0)
-    scorer = Scorer(width, hidden or 1)
-    wanted = {name: tuple(p.shape) for name, p in scorer.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if wanted != found:
-        odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        raise ConfigError(f"{path} holds no scorer: {', '.join(odd[:4])} are missing, unknown or of another shape")
-    scorer.load_state_dict(state)
-    return scorer.requires_grad_(False).eval()
+    state = weights.read(file, path, "scorer")
+    hidden, width = weights.shape_of(state, "query.weight")
+    return weights.filled(Scorer(width, hidden or 1), state, path, "scorer")
 
 
 def soft_topk(scores: Tensor, count: float | Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..budget import Budget
@@ -20,7 +18,7 @@ from ..errors import ConfigError
 from ..kernels import select
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
-from . import common
+from . import common, weights
 
 FILE = "selector.safetensors"
 #: Where a model that ships with the package has its selector.
@@ -205,23 +203,12 @@ def load(path: str | Path) -> Network:
     file = next((f for f in (Path(path), Path(path) / FILE, SHIPPED / path / FILE) if f.is_file()), None)
     if file is None:
         raise ConfigError(f"there is no selector {path}; give the path of a safetensors file")
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ConfigError(
-            f"{path} is not a whole safetensors file ({error}); fetch or train the selector again"
-        ) from None
-    hidden, width = state.get("visual.weight", torch.empty(1, 1)).shape
-    inner = state.get("blocks.0.out.weight", torch.empty(1, HEAD)).shape[1]
+    state = weights.read(file, path, "selector")
+    hidden, width = weights.shape_of(state, "visual.weight", (1, 1))
+    _, inner = weights.shape_of(state, "blocks.0.out.weight", (1, HEAD))
     depth = sum(name.endswith(".qkv.weight") for name in state)
-    network = Network(width, hidden, max(inner // HEAD, 1) * HEAD, depth)
-    wanted = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if wanted != found or not depth:
-        odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        raise ConfigError(f"{path} holds no selector: {', '.join(odd[:4])} are missing, unknown or of another shape")
-    network.load_state_dict(state)
-    return network.requires_grad_(False).eval()
+    network = Network(width, hidden, max(inner // HEAD, 1) * HEAD, max(depth, 1))
+    return weights.filled(network, state, path, "selector")
 
 
 @register("selector")
@@ -234,9 +221,10 @@ class SelectorPruner(Pruner):
     is VisionSelector's (arXiv:2510.16598), whose scorer does not see the question (`IDPruner` has it); that the
     question should steer what is kept is the common ground of SparseVLM and CDPruner. Here one small transformer reads
     both (see `Network`), so that what is kept may differ from question to question, and a token's score may fall
-    because another one tells the same. It costs less than 3 % of the prefill, reads nothing but what enters the
-    language model (so any encoder will do), and one training serves all budgets: the score does not know the budget,
-    and its training draws one anew for each batch.
+    because another one tells the same. The network costs less than 3 % of the prefill, reads nothing but what enters
+    the language model (so any encoder will do), and one training serves all budgets: the score does not know the
+    budget, and its training draws one anew for each batch. Cosines of all pairs, unless ``mmr_lambda=1``, cost
+    ``2 N^2 D`` besides, which is as much again in a model as small as ``pocket-llava``.
 
     A selector belongs to one checkpoint, and is trained by `vtprune.training.selector` on prompts that the checkpoint
     answers; neither labels nor gradients of the checkpoint's weights are needed. ``pocket-llava`` ships with one.

@@ -251,6 +251,19 @@ def options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def apart(lessons: list[Lesson], share: float) -> tuple[list[Lesson], list[Lesson]]:
+    """Lessons that are checked on, the first ones, and those that are learnt from, about other pictures (all lessons,
+    where none are left)."""
+
+    def pictures(lesson: Lesson) -> set[bytes]:
+        # A few rows tell a picture from others: in an encoder every row looks at all of it.
+        return {lesson.rows[at[:4]].float().cpu().numpy().tobytes() for at in lesson.images}
+
+    count = max(1, round(share * len(lessons)))
+    shown = set().union(*map(pictures, lessons[:count]))
+    return lessons[:count], [one for one in lessons[count:] if not pictures(one) & shown] or lessons
+
+
 def run(given: argparse.Namespace, make: Callable[[Any, Any, Callable[[str], None]], list[Lesson]]) -> int:
     """Load the model, let ``make(model, processor, say)`` make lessons, and train."""
     begun = time.monotonic()
@@ -262,8 +275,7 @@ def run(given: argparse.Namespace, make: Callable[[Any, Any, Callable[[str], Non
 
     model, processor = load(given.model)
     made = make(model, processor, say)
-    held = made[: max(1, round(given.held * len(made)))]
-    rest = made[len(held) :] or made
+    held, rest = apart(made, given.held)
     trainer = Trainer(model, given.steps, given.taught, given.peak, given.seed, given.widest, given.high)
     left = 60 * given.minutes - (time.monotonic() - begun)
     train(trainer, rest, held, given.out, given.batch, max(left, 1.0), given.check_every, say)
