@@ -149,7 +149,8 @@ def _engine(bound: Any) -> Any:
 
 def _config(bound: Family | Encoder, method: Any, **settings: Any) -> PruneConfig:
     """The config that these arguments mean for this model: ``layer`` is a method's option, or else an encoder's."""
-    layer = settings.pop("layer", None) if isinstance(bound, Encoder) else None
+    own = isinstance(bound, Encoder) and not isinstance(method, PruneConfig)
+    layer = settings.pop("layer", None) if own else None
     config = make_config(method, **settings)
     return config if layer is None else dataclasses.replace(config, layer=layer)
 

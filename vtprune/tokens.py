@@ -97,7 +97,7 @@ PROJECTOR = Stage()
 def cu_seqlens_of(lens: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Cumulated lengths with a leading 0, ``[len(lens) + 1]`` int64."""
     # torch.tensor(..., device=device) would wait for the device.
-    return torch.tensor([0, *accumulate(lens)], dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor([0, *accumulate(lens)], dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

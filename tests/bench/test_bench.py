@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -280,3 +281,17 @@ def test_nothing_is_left_on_the_model(tiny_llava: nn.Module) -> None:
     rows_of(tiny_llava, "x", Case(), configured("norm", "fastv"))
     assert vtprune.engine.attach.engine_of(find_family(tiny_llava)) is None
     assert not any(m._forward_pre_hooks for m in find_family(tiny_llava).lm.layers)
+
+
+def test_decoding_is_timed_at_lengths_that_were_met_before() -> None:
+    """A kernel that is planned anew for each length must not make the first line that has it look slow."""
+    planned: set[int] = set()
+
+    def step(state: list[int]) -> None:
+        state[0] += 1
+        if state[0] not in planned:
+            planned.add(state[0])
+            time.sleep(0.05)
+
+    assert clocks.decode_ms(torch.device("cpu"), lambda: [7], step, 3) < 25
+    assert planned == {8, 9, 10, 11}

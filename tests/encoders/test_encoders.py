@@ -103,6 +103,15 @@ def test_features_have_all_rows_and_may_be_pooled_by_hand(kind: str) -> None:
         torch.testing.assert_close(row[gone], row[mine].mean(0).expand(int(gone.sum()), -1))
 
 
+def test_some_pictures_of_a_batch_may_be_pooled_by_attention() -> None:
+    model: Any = build("map")
+    with vtprune.apply(model, "norm", keep=0.4):
+        rows = model.forward_features(pictures(4))
+        out = model.forward_head(rows)
+        for some in (slice(2), slice(2, 4), slice(1, None, 2)):
+            torch.testing.assert_close(model.forward_head(rows[some]), out[some], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["token", "avg", "map", "clip", "clip avg"])
 def test_intermediates_are_pictures(kind: str) -> None:
     model: Any = build(kind)
@@ -303,6 +312,18 @@ def test_encoders_of_other_kinds_are_refused(name: str) -> None:
         vtprune.apply(model, "norm")
 
 
+def test_packages_that_are_too_old_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("clip")
+    monkeypatch.delattr(type(model), "forward_intermediates")
+    with pytest.raises(UnsupportedModelError, match=r"this open_clip is too old"):
+        vtprune.apply(model, "norm")
+
+
+def test_a_config_says_everything_of_an_encoder_too() -> None:
+    with pytest.raises(ConfigError, match="got a PruneConfig and also layer"):
+        vtprune.apply(build("token"), vtprune.PruneConfig("norm", 0.5), layer=2)
+
+
 def test_an_encoder_without_room_and_other_modules_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="has 1 block"):
         vtprune.apply(tiny_vits.timm_vit(depth=1), "norm")
@@ -312,8 +333,8 @@ def test_an_encoder_without_room_and_other_modules_are_refused() -> None:
 
     with pytest.raises(ConfigError, match="has no option 'layer'"):
         vtprune.apply(tiny.build("llava"), "norm", layer=3)
-    with pytest.raises(ConfigError, match="of an encoder alone"):
-        vtprune.apply(tiny.build("llava"), vtprune.PruneConfig("norm", layer=3))
+    with pytest.raises(ConfigError, match=r"of an encoder alone.* options=\{'layer': 3\}"):
+        vtprune.apply(tiny.build("llava"), vtprune.PruneConfig("fastv", layer=3))
     with vtprune.apply(tiny.build("llava"), "fastv", layer=1) as handle:
         assert handle.config.options == {"layer": 1} and handle.config.layer is None
 
@@ -324,9 +345,10 @@ def test_masks_dropout_and_checkpointing_are_refused_while_pruned() -> None:
         with pytest.raises(InputError, match="attention mask is for all patches"):
             model.forward_features(pictures(), attn_mask=torch.ones(PATCHES + 1, PATCHES + 1))
         model.set_grad_checkpointing()
-        model(pictures())  # it is not trained
-        with pytest.raises(UnsupportedModelError, match="gradient checkpointing"):
-            model.train()(pictures())
+        model(pictures())  # nothing is to run again
+        for trained in (True, False):
+            with torch.enable_grad(), pytest.raises(UnsupportedModelError, match="gradient checkpointing"):
+                model.train(trained)(pictures())
     dropping = tiny_vits.timm_vit(patch_drop_rate=0.5).train()
     with vtprune.apply(dropping, "norm", keep=0.4), pytest.raises(InputError, match="patch dropout"):
         dropping(pictures())

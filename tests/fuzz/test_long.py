@@ -131,6 +131,18 @@ PLACES = {
 }
 
 
+def test_what_interrupts_the_text_model_alone_leaves_nothing() -> None:
+    model = tiny.build("llava")
+    decoder, rows = tiny.decoder(model), torch.randn(1, 7, 32)
+    with torch.no_grad():
+        expected = decoder(inputs_embeds=rows).last_hidden_state
+        with vtprune.apply(model, "fastv", keep=0.4):
+            cache = model(**tiny.prompt(model, 2), use_cache=True).past_key_values
+            with failing(decoder.layers[3], KeyboardInterrupt, 0), pytest.raises(KeyboardInterrupt):
+                decoder(inputs_embeds=rows[:, :1], past_key_values=cache)
+            assert same(decoder(inputs_embeds=rows).last_hidden_state, expected)
+
+
 @pytest.mark.parametrize("method", ["norm", "fastv"])
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", PLACES)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 import vtprune
-from vtprune.errors import ConfigError, UnsupportedModelError
+from vtprune.errors import ConfigError, InputError, UnsupportedModelError, VTPruneWarning
 from vtprune.pruners import ClipText
 from vtprune.tokens import PRE_PROJECTOR
 
@@ -96,6 +96,27 @@ def test_without_a_question_nothing_is_more_important() -> None:
     assert not clip.score(vtprune.encode(model, image)).any()
 
 
+def test_a_prompt_of_embeddings_has_no_text_to_read() -> None:
+    model, clip = model_and_clip()
+    sample = tiny.prompt(model, 2)
+    embeds = model.get_input_embeddings()(sample.pop("input_ids"))
+    with (
+        pytest.warns(VTPruneWarning, match="never fired"),
+        vtprune.apply(model, "idpruner", importance="clip-text", clip=clip),
+        pytest.raises(InputError, match="pass input_ids"),
+    ):
+        model(inputs_embeds=embeds, **sample)
+
+
+def test_clip_may_move_between_two_prompts() -> None:
+    clip = model_and_clip()[1]
+    there = torch.device("meta")
+    with torch.no_grad():
+        first = clip._embed("a red circle", torch.device("cpu"))
+        clip.clip.to(there)
+        assert clip._embed("a red circle", there).device == there != first.device
+
+
 def test_from_a_folder(tmp_path: Path) -> None:
     _, clip = model_and_clip()
     width = clip.width
@@ -103,7 +124,7 @@ def test_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.save(clip.clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     loaded = ClipText.load(tmp_path, Words())
-    assert torch.equal(loaded._embed("a red circle"), clip._embed("a red circle"))
+    assert torch.equal(*(one._embed("a red circle", torch.device("cpu")) for one in (loaded, clip)))
     with pytest.raises(ConfigError, match=r"has no open_clip_config\.json"):
         ClipText.load(tmp_path / "nowhere", Words())
 

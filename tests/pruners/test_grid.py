@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune.budget import Budget
+from vtprune.pruners import grid
 from vtprune.registry import build
 from vtprune.tokens import VisualTokens
 
@@ -122,3 +123,9 @@ def test_what_an_earlier_stage_left_over_is_thinned_out_in_order(keep: int) -> N
     assert len(set(index.tolist())) == min(keep, n)
     gaps = index.diff(prepend=torch.tensor([-1]), append=torch.tensor([n]))
     assert int(gaps.max()) <= -(-n // keep) + 1
+
+
+def test_the_default_device_does_not_matter() -> None:
+    with torch.device("meta"):
+        index = grid._known((35,), (7,), (1,), torch.device("cpu"))
+    assert index.tolist() == [17]

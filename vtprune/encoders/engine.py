@@ -212,7 +212,7 @@ class EncoderEngine:
         self.local.now = None
         if job is None:
             return
-        if self.family.checkpoints:
+        if self.family.checkpoints and torch.is_grad_enabled():  # in eval mode too
             raise UnsupportedModelError(
                 "dropping rows inside an encoder does not work with gradient checkpointing, which runs blocks again; "
                 "switch it off"
@@ -338,6 +338,8 @@ class EncoderEngine:
         rows = args[0]
         for storage, index, patches in self.local.restored:
             if not storage.expired() and storage.cdata == rows.untyped_storage()._cdata:
+                size = (self.family.prefix + patches) * rows.shape[-1]  # of a picture; some may have been sliced off
+                index = index[rows.storage_offset() // size :: max(1, rows.stride(0) // size)][: len(rows)]
                 return (left(rows, index, patches), *args[1:])
         return None
 

@@ -81,7 +81,7 @@ class Encoder:
 
     @property
     def checkpoints(self) -> bool:
-        """Whether blocks run again in the backward pass."""
+        """Whether blocks run again in the backward pass, where there is one."""
         raise NotImplementedError
 
     def watch(self, block: nn.Module, put: Callable[[Tensor], None]) -> Any | None:
@@ -140,7 +140,7 @@ class TimmViT(Encoder):
 
     @property
     def checkpoints(self) -> bool:
-        return bool(self.inner.grad_checkpointing) and self.inner.training
+        return bool(self.inner.grad_checkpointing)
 
     def watch(self, block: nn.Module, put: Callable[[Tensor], None]) -> Any | None:
         attention: Any = getattr(block, "attn", None)
@@ -197,7 +197,7 @@ class OpenClipViT(Encoder):
 
     @property
     def checkpoints(self) -> bool:
-        return bool(self.inner.transformer.grad_checkpointing) and self.inner.training
+        return bool(self.inner.transformer.grad_checkpointing)
 
     def watch(self, block: nn.Module, put: Callable[[Tensor], None]) -> Any | None:
         if type(getattr(block, "attn", None)) is not nn.MultiheadAttention or not hasattr(block, "ln_1"):
@@ -263,10 +263,9 @@ def _check(encoder: Encoder) -> None:
             f"this {type(encoder.inner).__name__} has {len(encoder.blocks)} block(s), so there is no place between "
             "two of them; use a deeper one"
         )
-    if not getattr(getattr(encoder.inner, "transformer", None), "batch_first", True):
-        raise UnsupportedModelError(
-            "this open_clip is too old (rows come before samples); use open_clip_torch 2.26 or newer"
-        )
+    rows_first = not getattr(getattr(encoder.inner, "transformer", None), "batch_first", True)
+    if rows_first or not all(hasattr(encoder.inner, name) for name in ("forward_intermediates", "attn_pool")):
+        raise UnsupportedModelError(f"this {encoder.label} is too old; use timm 1.0.16, open_clip_torch 2.32, or newer")
 
 
 def block_flops(block: nn.Module, rows: int, width: int) -> int:

@@ -154,8 +154,9 @@ class Engine:
         """
         if config.layer is not None:
             raise ConfigError(
-                f"layer={config.layer!r} says between which blocks of an encoder alone patches are dropped, and "
-                f"{config.label!r} acts before this language model; leave it out, or choose a method with a layer"
+                f"layer={config.layer!r} of a config is the block of an encoder alone after which patches go, and this "
+                f"model has a language model; leave it out, or if {config.label!r} has such an option, give "
+                f"options={{'layer': {config.layer!r}}}"
             )
         pruner = config.pruner().fit(len(self.family.lm.layers))
         stages = pruner.stages()
@@ -333,7 +334,7 @@ class Engine:
         state = pos.state_of(cache)
         kw = dict(kwargs)
         if call is None and state is not None:
-            call = self.local.call = Call(None, direct=True)
+            call = self.local.call = Call(None, direct=True, entered=True)
             if embeds is None:
                 ids = kw.pop("input_ids") if "input_ids" in kw else args[0]
                 embeds = kw["inputs_embeds"] = self.family.lm.get_input_embeddings()(ids)

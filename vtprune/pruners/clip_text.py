@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..tokens import PRE_PROJECTOR, VisualTokens
 
 
@@ -84,9 +84,8 @@ class ClipText:
         """Length of the encoder rows that CLIP's projection takes."""
         return int(self.clip.visual.proj.shape[0])
 
-    def _text(self, text: str) -> Tensor:
-        """``[1, d]`` fp32 of unit length."""
-        place = self.clip.visual.proj.device
+    def _text(self, text: str, place: torch.device) -> Tensor:
+        """``[1, d]`` fp32 of unit length, on the device on which CLIP is by now."""
         return F.normalize(self.clip.encode_text(self.tokenizer([text]).to(place)).float(), dim=-1)
 
     def check(self, projector: Any) -> None:
@@ -113,14 +112,18 @@ class ClipText:
         visual, per_token = self.clip.visual, len(rows) // max(1, len(tokens.source))
         place, dtype = visual.proj.device, visual.proj.dtype
         start = 0
-        ids: Sequence[Sequence[int]] = tokens.text_ids or ()
+        if tokens.text_ids is None:
+            raise InputError(
+                "importance='clip-text' reads the question as text, and the prompt came as embeddings; pass input_ids"
+            )
+        ids = tokens.text_ids
         with torch.autocast(place.type, enabled=False):
             for n, words in zip(tokens.sample_lens(len(ids)), ids, strict=True):  # each alone: the same in any batch
                 text = self.decode(list(words)).strip() if n and words else ""
                 if text:
                     mine = rows[start * per_token : (start + n) * per_token].detach().to(place, dtype)
                     joint = F.normalize((visual.ln_post(mine) @ visual.proj).float(), dim=-1)
-                    cosine = (joint * self._embed(text)).sum(-1).view(n, per_token).mean(1)
+                    cosine = (joint * self._embed(text, place)).sum(-1).view(n, per_token).mean(1)
                     scores[start : start + n] = (-cosine if self.negative else cosine).to(tokens.device)
                 start += n
         return scores

@@ -60,7 +60,7 @@ def _lattice(tokens: VisualTokens, counts: tuple[int, ...]) -> Tensor:
 def _known(lens: tuple[int, ...], widths: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Where segments are whole, shapes say everything: nothing is launched for the next prompt like this one."""
     host = torch.device("cpu")
-    return _rows(cu_seqlens_of(lens, host), torch.tensor(widths, dtype=torch.int64), counts).to(device)
+    return _rows(cu_seqlens_of(lens, host), torch.tensor(widths, dtype=torch.int64, device=host), counts).to(device)
 
 
 def _widths(tokens: VisualTokens) -> Tensor:

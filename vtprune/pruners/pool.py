@@ -52,10 +52,7 @@ def cells(tokens: VisualTokens, counts: tuple[int, ...]) -> tuple[Tensor, Tensor
     cu, cu_k = tokens.cu_seqlens, cu_seqlens_of(counts, tokens.device)
     segment = torch.repeat_interleave(cu.diff(), output_size=total)
     # Width, height and rows of cells as in `grid`, here for each token.
-    row = tokens.coords[:, 1]
-    in_first_row = (row == row[cu[segment]]).cumsum(0)
-    width = torch.cat([in_first_row.new_zeros(1), in_first_row])[cu].diff().clamp(min=1)
-    width = width.where(cu.diff() % width == 0, cu.diff()).clamp(min=1)
+    width = grid._widths(tokens).clamp(min=1)
     height = (cu.diff() // width).clamp(min=1)
     k = cu_k.diff()
     trial = torch.arange(1, max(counts) + 1, device=tokens.device)
