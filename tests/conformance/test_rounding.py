@@ -56,7 +56,7 @@ def tokens_of(raw: Tensor, hidden: Tensor, order: Tensor) -> VisualTokens:
 
 @pytest.mark.parametrize("cls", [True, False], ids=["cls", "no cls"])
 @pytest.mark.parametrize("keep", [0.5, 1 / 9], ids=["half", "ninth"])
-@pytest.mark.parametrize("method", PROJECTOR)
+@pytest.mark.parametrize("method", [name for name in PROJECTOR if name != "selector"])  # whose weights know the columns
 def test_another_order_of_summation_changes_no_pick(method: str, keep: float, cls: bool) -> None:
     """Another order of the columns changes no cosine and no length but for the last bits, as another device does."""
     generator = torch.Generator().manual_seed(1)
