@@ -177,6 +177,10 @@ def test_files_that_are_no_selector_are_refused(tmp_path: Path) -> None:
         load("nowhere")
     with pytest.raises(ConfigError, match="holds no selector: more"):
         load(saved(tmp_path, more=torch.zeros(1)))
+    with pytest.raises(ConfigError, match=r"spoilt: visual\.weight has NaN"):
+        load(saved(tmp_path, **{"visual.weight": torch.full((2, 8), torch.nan)}))
+    with pytest.raises(ConfigError, match=r"holds no selector: blocks\.0\.down\.bias"):
+        load(saved(tmp_path, **{"visual.weight": torch.zeros(3)}))
     (tmp_path / "torn.safetensors").write_bytes(b"no")
     with pytest.raises(ConfigError, match="not a whole safetensors file"):
         load(tmp_path / "torn.safetensors")

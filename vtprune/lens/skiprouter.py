@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..budget import Budget
@@ -36,6 +35,7 @@ from ..engine.report import prefill_flops
 from ..errors import ConfigError
 from ..kernels import reference
 from ..models import find_family
+from ..pruners.scorer import weights_of
 from .interventions import _silence, _warn
 
 FEATURES = 4
@@ -73,10 +73,13 @@ class Router(nn.Module):
         """
         if not Path(path).is_file():
             raise ConfigError(f"there is no router {path}; train one with python -m vtprune.training.skiprouter")
-        state = load_file(path)
+        state = weights_of(Path(path), "router")
         if set(state) != {"first", "bias", "second"}:
             raise ConfigError(f"{path} holds no router, but {', '.join(sorted(state)[:4])}")
-        router = cls(*state["bias"].shape)
+        router = cls(*(state["bias"].shape if state["bias"].ndim == 2 else (1, 1)))
+        for name, own in router.named_parameters():
+            if own.shape != state[name].shape:
+                raise ConfigError(f"{path} holds no router: {name} has shape {tuple(state[name].shape)}")
         router.load_state_dict(state)
         return router.requires_grad_(False).eval()
 

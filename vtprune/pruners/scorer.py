@@ -91,17 +91,7 @@ def load(path: str) -> Scorer:
             f"there is no scorer {path}; give the path of a safetensors file"
             + (f", or the name of a model that ships with one: {', '.join(shipped)}" if shipped else "")
         )
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ConfigError(
-            f"{path} is not a whole safetensors file ({error}); fetch or train the scorer again"
-        ) from None
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise ConfigError(f"{path} holds no scorer: {name} is {tensor.dtype}; weights are floating point")
-        if not bool(tensor.float().isfinite().all()):
-            raise ConfigError(f"{path} is spoilt: {name} has NaN or infinite values; train the scorer again")
+    state = weights_of(file, "scorer")
     first = state.get("query.weight", torch.empty(0, 0))
     hidden, width = first.shape if first.ndim == 2 else (0, 0)
     scorer = Scorer(width, hidden or 1)
@@ -112,6 +102,28 @@ def load(path: str) -> Scorer:
         raise ConfigError(f"{path} holds no scorer: {', '.join(odd[:4])} are missing, unknown or of another shape")
     scorer.load_state_dict(state)
     return scorer.requires_grad_(False).eval()
+
+
+def weights_of(file: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises
+    ------
+    ConfigError
+        It is no such file, or holds what is no weight, or NaN.
+    """
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ConfigError(
+            f"{file} is not a whole safetensors file ({error}); fetch or train the {what} again"
+        ) from None
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{file} holds no {what}: {name} is {tensor.dtype}; weights are floating point")
+        if not bool(tensor.float().isfinite().all()):
+            raise ConfigError(f"{file} is spoilt: {name} has NaN or infinite values; train the {what} again")
+    return state
 
 
 def soft_topk(scores: Tensor, count: float | Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..budget import Budget
@@ -21,6 +19,7 @@ from ..kernels import select
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 from . import common
+from .scorer import weights_of
 
 FILE = "selector.safetensors"
 #: Where a model that ships with the package has its selector.
@@ -205,14 +204,9 @@ def load(path: str | Path) -> Network:
     file = next((f for f in (Path(path), Path(path) / FILE, SHIPPED / path / FILE) if f.is_file()), None)
     if file is None:
         raise ConfigError(f"there is no selector {path}; give the path of a safetensors file")
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ConfigError(
-            f"{path} is not a whole safetensors file ({error}); fetch or train the selector again"
-        ) from None
-    hidden, width = state.get("visual.weight", torch.empty(1, 1)).shape
-    inner = state.get("blocks.0.out.weight", torch.empty(1, HEAD)).shape[1]
+    state = weights_of(file, "selector")
+    sizes = [state.get(name, torch.empty(0)) for name in ("visual.weight", "blocks.0.out.weight")]
+    (hidden, width), (_, inner) = (tuple(t.shape) if t.ndim == 2 and t.numel() else (1, 1) for t in sizes)
     depth = sum(name.endswith(".qkv.weight") for name in state)
     network = Network(width, hidden, max(inner // HEAD, 1) * HEAD, depth)
     wanted = {name: tuple(p.shape) for name, p in network.named_parameters()}
