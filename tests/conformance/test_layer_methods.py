@@ -503,7 +503,7 @@ def test_a_second_prompt_on_such_a_cache_works_or_is_refused_in_one_line(make: A
         with applied(model, case):
             cache = model(**first, past_key_values=make(), use_cache=True).past_key_values
             then = {**second, "attention_mask": seen, "past_key_values": cache}
-            if METHODS[case][0] in ("fastv", "pyramiddrop", "sparsevlm", "catp"):
+            if METHODS[case][0] in ("fastv", "pyramiddrop", "sparsevlm", "spatten", "tokensparse", "catp"):
                 with pytest.raises(InputError, match=f"a cache that is {word}") as error:
                     model(**then)
                 assert "\n" not in str(error.value)

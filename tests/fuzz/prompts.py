@@ -22,7 +22,7 @@ from vtprune.errors import ConfigError, UnsupportedModelError
 from .choices import keeps
 
 FAMILIES = (*tiny.FAMILIES, *tiny.MORE)
-METHODS = tuple(name for name in vtprune.methods() if not name.startswith("test-"))
+METHODS = tuple(name for name in vtprune.methods() if not name.startswith("test-") and name != "selector")
 #: Pictures in the words of `tiny`; small, so that eight of them are a short prompt.
 SIZES: dict[str, tuple[tiny.Image, ...]] = {
     "llava": (tiny.Image(56, 56),),
