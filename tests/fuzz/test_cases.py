@@ -18,7 +18,7 @@ def test_choices(case: choices.Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::vtprune.errors.VTPruneWarning")
-@settings(max_examples=15, suppress_health_check=slow_to_draw)
+@settings(max_examples=6, suppress_health_check=slow_to_draw)
 @given(prompts.cases())
 def test_prompts(case: prompts.Case) -> None:
     prompts.check(case)
