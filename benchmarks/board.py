@@ -163,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out or HERE / "results" / f"board-{where()}"
     if given.which == "draw":
         print(page.draw(out))
-        document(out)
+        if out.resolve().parent == HERE / "results":  # the guide tells of committed boards
+            document(out)
         return 0
     rows = given.rows or ROWS / given.which
     workers = given.workers or (max(1, min(6, (os.cpu_count() or 2) - 2)) if torch.cuda.is_available() else 1)

@@ -140,8 +140,11 @@ def choose(pruner: Pruner, tokens: VisualTokens, budget: Budget, stage: Stage = 
         here, cpu = tokens.device, torch.device("cpu")
         ctx = {key: value.to(cpu) if isinstance(value, Tensor) else value for key, value in tokens.ctx.items()}
         table = None if tokens.vocabulary is None else tokens.vocabulary.to(cpu)
+        before = dict(ctx)
         found = pruner.select(replace(tokens.to(cpu), ctx=ctx, vocabulary=table), budget, stage)
-        tokens.ctx.update({k: v.to(here) for k, v in ctx.items() if k not in tokens.ctx and isinstance(v, Tensor)})
+        # What is no tensor (a cache of `evs`, say) is of these tokens on the CPU, and made again where it is wanted.
+        new = {key: value for key, value in ctx.items() if value is not before.get(key) and isinstance(value, Tensor)}
+        tokens.ctx.update({key: value.to(here) for key, value in new.items()})
         moved = {
             name: value.to(here)
             for name in ("index", "cu_seqlens", "order", "features")

@@ -50,4 +50,7 @@ def vllm_flags(config: PruneConfig) -> list[str]:
         raise ConfigError(
             f"vLLM cannot change {' and '.join(changed)} of {config.method!r}; leave out what you changed"
         )
-    return ["--video-pruning-rate", f"{1 - config.keep:.6g}", "--video-pruning-method", str(config.method)]
+    rate = f"{1 - config.keep:.6g}"
+    if 1 - float(rate) < config.keep:  # vLLM rounds down what is left: 1/9 of 576 tokens would be 63
+        rate = f"{1 - config.keep - 1e-6:.6f}"
+    return ["--video-pruning-rate", rate, "--video-pruning-method", str(config.method)]

@@ -24,8 +24,8 @@ REPOSITORY = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])|(?<=src=\")([^\":]+)(?=\")")
 
 
-#: Where pages go that mkdocs.yml does not place; any other goes to the guides.
-PLACES = {"results.md": "What we measured", "security.md": "Extend"}
+#: Where pages go that mkdocs.yml does not place: one that `benchmarks.tables --report` writes; any other to the guides.
+PLACES = {"results.md": "What we measured"}
 
 
 def on_config(config: Any) -> Any:

@@ -162,6 +162,30 @@ def demonstrations(wanted: Callable[[str], bool] = lambda _: True) -> str:
     return f"{markdown(head, body)}\n\n{about} {source(name, found[0])}"
 
 
+def board(method: str) -> str:
+    """Score on the board relative to dense: the method, chance, and a smaller picture."""
+    name = "board-nvidia-h200/overall.csv"
+    found = [r for r in rows(name) if r["keep"] not in ("0", "1")]
+    if method not in {r["method"] for r in found}:
+        return ""
+    budgets = keeps(found)
+    by = {(r["model"], r["method"], r["keep"]): r for r in found}
+
+    def cell(*key: str) -> str:
+        r = by[key]
+        share, low, high = (100 * float(r[c]) for c in ("relative", "relative_low", "relative_high"))
+        part = "" if r["tasks"] == r["of"] else f" ({r['tasks']} of {r['of']} tasks)"
+        return f"{share:.1f} ± {(high - low) / 2:.1f}{part}"
+
+    body = [
+        [model, code(label), *(cell(model, label, keep) for keep in budgets)]
+        for model in dict.fromkeys(r["model"] for r in found)
+        for label in dict.fromkeys((method, "random", "downsample"))
+    ]
+    about = "Percent of the dense score, the mean over the model's tasks; [the board](../board.md) has all methods."
+    return f"{markdown(['model', '', *budgets], body)}\n\n{about} From `benchmarks/results/{name}`: one NVIDIA H200."
+
+
 def worlds(method: str) -> str:
     """All pocket models and tasks, where somebody has run `benchmarks.tables`: the method, and chance."""
     name = first("tables-nvidia-*.csv")
@@ -212,6 +236,8 @@ def of_method(method: str) -> str:
     ):
         if any(wanted(r["method"]) for r in rows(name)):
             parts.append(f"**{title}**\n\n{right(name, wanted)}")
+    if overall := board(method):
+        parts.append(f"**On the board**\n\n{overall}")
     if everywhere := worlds(method):
         parts.append(f"**All models and tasks**\n\n{everywhere}")
     clips = first("video-*.csv")

@@ -11,14 +11,14 @@ from . import choices, prompts, readers
 slow_to_draw = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
 
-@settings(max_examples=200, suppress_health_check=slow_to_draw)
+@settings(max_examples=70, suppress_health_check=slow_to_draw)
 @given(choices.cases())
 def test_choices(case: choices.Case) -> None:
     choices.check(case)
 
 
 @pytest.mark.filterwarnings("ignore::vtprune.errors.VTPruneWarning")
-@settings(max_examples=15, suppress_health_check=slow_to_draw)
+@settings(max_examples=6, suppress_health_check=slow_to_draw)
 @given(prompts.cases())
 def test_prompts(case: prompts.Case) -> None:
     prompts.check(case)

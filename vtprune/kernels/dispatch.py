@@ -69,9 +69,9 @@ def forgiving(op: Callable[P, T]) -> Callable[P, T]:
         try:
             return op(*args, **kwargs)
         except Exception as error:
-            if _failed or interpreted() or not type(error).__module__.startswith("triton"):
+            if interpreted() or not type(error).__module__.startswith("triton"):
                 raise
-            _failed = f"a kernel failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+            _failed = _failed or f"a kernel failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
         return op(*args, **kwargs)
 
     return run

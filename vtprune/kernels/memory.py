@@ -43,8 +43,9 @@ def spare(first: Callable[[], T], then: Callable[[], T], how: str) -> T:
 @functools.cache
 def _warn(how: str) -> None:
     warnings.warn(
-        f"no memory is left on the device to choose tokens as usual, so {how}; what is kept is the same, but it takes "
-        "longer. Smaller batches, or a method without a matrix of all pairs (norm, grid), need less",
+        f"no memory is left on the device to choose tokens as usual, so {how}; what is kept is the same but for "
+        "rounding, and it takes longer. Smaller batches, or a method without a matrix of all pairs (norm, grid), need "
+        "less",
         VTPruneWarning,
         stacklevel=3,
     )
