@@ -134,16 +134,13 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no router: bias, first, second"):
         Router.load(tmp_path / "odd.safetensors")
     for changed, word in (
-        ({"bias": torch.zeros(3)}, "holds no router: first has shape"),
-        ({"second": torch.zeros(1)}, "second has shape"),
+        ({"bias": torch.zeros(3)}, "holds no router: bias, first"),
+        ({"second": torch.zeros(1)}, "holds no router: second"),
         ({"first": torch.full((4, 16, 4), torch.nan)}, "spoilt: first has NaN"),
     ):
         save_file({**router.state_dict(), **changed}, tmp_path / "odd.safetensors")
         with pytest.raises(ConfigError, match=word):
             Router.load(tmp_path / "odd.safetensors")
-    (tmp_path / "odd.safetensors").write_bytes(b"no")
-    with pytest.raises(ConfigError, match="not a whole safetensors file"):
-        Router.load(tmp_path / "odd.safetensors")
     with pytest.raises(ConfigError, match="there is no router"):
         Router.load(tmp_path / "none.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(b"no")
