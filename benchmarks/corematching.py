@@ -30,8 +30,9 @@ import transformers
 from torch import Tensor, nn
 
 import vtprune
-from benchmarks import prefill
 from benchmarks.accuracy import prefill_ms, synchronize
+from vtprune import bench
+from vtprune.bench.clocks import Clock
 from vtprune.decoding import core_neurons
 from vtprune.eval import controls, runner, stats, tasks
 from vtprune.kernels import neuron_match
@@ -40,6 +41,7 @@ from vtprune.pruners.corematching import CoreMatchingPruner, elbow
 
 RHO, BETA = 0.2, 0.4
 BETAS = (0.2, 0.4, 0.6)
+WORDS = 40  # around the picture of a model with random weights
 #: Hidden size and neurons of one FFN: LLaVA-1.5-7B and Qwen2.5-VL-7B.
 FFNS = {"llava-1.5-7b": (4096, 11008), "qwen2.5-vl-7b": (3584, 18944)}
 Row = dict[str, Any]
@@ -215,7 +217,7 @@ def token_ms(model: Any, inputs: Row, steps: int, runs: int = 3) -> float:
 def microseconds(call: Callable[[], object], device: torch.device, runs: int) -> float:
     """Median time of one call. Between calls the cache of a GPU is overwritten: decoding reads weights from memory."""
     spoil = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
-    clock, times = prefill.Clock(device), []
+    clock, times = Clock(device), []
     for _ in range(runs + 3):
         if spoil is not None:
             spoil.zero_()
@@ -267,9 +269,9 @@ def ffn_alone(device: torch.device, name: str, width: int, inner: int, runs: int
 def whole_model(device: torch.device, names: tuple[str, ...], steps: int) -> Iterator[Row]:
     """Prefill and decode of a model with random weights: dense, core tokens, core neurons, both."""
     for name in names:
-        model: Any = prefill.build(name, device)
+        model: Any = bench.build(name, device)
         side = {"llava-1.5-7b": (24, 24), "qwen2.5-vl-7b": (36, 36)}.get(name, (4, 4))
-        inputs = prefill.make_inputs(model, prefill.Case(name, 1, side))
+        inputs = bench.make_inputs(model, 1, (28 * side[0], 28 * side[1]), WORDS)
         depth = len(find_family(model).lm.layers)
         first = min(CoreMatchingPruner().layer, depth - 2)
         every, dense = range(depth), None
@@ -321,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
         "device": where,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": given.commit or prefill.commit(),
+        "commit": given.commit or runner.current_commit(),
     }
     suffix = where.lower().replace("nvidia ", "").replace(" ", "-")
     shapes, models, steps, runs, timed = FFNS, tuple(FFNS), 32, 50, 5

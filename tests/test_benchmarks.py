@@ -62,7 +62,7 @@ def test_corematching_writes_its_three_files(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.filterwarnings("ignore::vtprune.errors.VTPruneWarning")
 def test_every_experiment_of_the_lens_writes_its_table(tmp_path: Path) -> None:
     names = list(lens.EXPERIMENTS)
-    assert lens.main([*names, "--questions", "6", "--batch", "6", "--commit", "test", "--out", str(tmp_path)]) == 0
+    assert lens.main([*names, "--questions", "4", "--batch", "4", "--commit", "test", "--out", str(tmp_path)]) == 0
     tables = {}
     for name in names:
         with (tmp_path / f"lens-{name}-pocket-llava-cpu.csv").open(encoding="utf-8") as file:

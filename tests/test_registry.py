@@ -132,7 +132,8 @@ def test_a_method_of_another_package_that_forgets_one_is_named_in_the_warning(mo
 def test_what_the_built_in_methods_declare() -> None:
     """So that a change is meant: who rests on what, and that only one finds its own count."""
     table = methods()
-    asking = {"catp", "cdpruner", "corematching", "fastv", "pyramiddrop", "selector", "sparsevlm"}
+    asking = {"catp", "cdpruner", "corematching", "fastv", "pyramiddrop", "selector", "sparsevlm", "spatten"}
+    asking |= {"tokensparse"}
     assert {name for name, cls in table.items() if cls.query_aware} == asking
     assert all(cls.modality == ("image", "video") for cls in table.values())
     assert {name for name, cls in table.items() if not cls.training_free} == {"selector"}
