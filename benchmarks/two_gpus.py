@@ -5,7 +5,8 @@
     python -m benchmarks.two_gpus --devices cpu cpu      # the hooks alone, on any machine
 
 The decoder is cut in half: encoder, projector and the first layers on one card, the rest and the head on the other, so
-that pruning at the projector happens on the first card, and after a layer of the upper half on the second. Every line
+that pruning at the projector happens on the first card, and after a layer of the upper half on the second (a head that is
+tied to the embeddings stays with them). Every line
 says how many greedy tokens equal those of the same weights on one card, and the largest difference of the logits from
 which the first was drawn, as a part of the largest logit. The log of a run belongs beside the results.
 """
@@ -51,7 +52,8 @@ def halves(family: Any, first: str, second: str) -> dict[str, str]:
             place |= {f"{path}.{i}": first if i < len(layers) // 2 else second for i in range(len(layers))}
         else:
             place[path] = second if name == "norm" else first
-    place["lm_head"] = second
+    tied = family.model.get_output_embeddings().weight is family.model.get_input_embeddings().weight
+    place["lm_head"] = first if tied else second
     return place
 
 

@@ -313,6 +313,9 @@ def answer_logits(
     there = keep.gather(1, index)
     rows = batch.rows.gather(1, index[..., None].expand(-1, -1, batch.rows.shape[-1]))
     positions = batch.positions.gather(-1, index.expand(*batch.positions.shape[:-2], -1, -1))
+    if bias is not None and bias.requires_grad:
+        # Fused attention keeps what its backward needs only if queries or keys ask for a gradient, not for a mask's.
+        rows.requires_grad_()
     labels = batch.labels.gather(1, index).masked_fill(~there, -100)
     width = index.shape[1]
     lowest = max(torch.finfo(rows.dtype).min, torch.finfo(weight.dtype).min)
