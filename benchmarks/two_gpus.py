@@ -6,9 +6,9 @@
 
 The decoder is cut in half: encoder, projector and the first layers on one card, the rest and the head on the other, so
 that pruning at the projector happens on the first card, and after a layer of the upper half on the second (a head that is
-tied to the embeddings stays with them). Every line
-says how many greedy tokens equal those of the same weights on one card, and the largest difference of the logits from
-which the first was drawn, as a part of the largest logit. The log of a run belongs beside the results.
+tied to the embeddings stays with them). Every line says how many greedy tokens equal those of the same weights on one
+card, and the largest difference of the logits from which the first was drawn, as a part of the largest logit. The log
+of a run belongs beside the results.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def halves(family: Any, first: str, second: str) -> dict[str, str]:
     for module in family.inner.children():
         if module is not family.lm:
             place[names[id(module)]] = first
+    for name, _ in family.inner.named_parameters(recurse=False):  # LLaVA-NeXT's newline
+        place[f"{names[id(family.inner)]}.{name}"] = first
     for name, module in family.lm.named_children():
         path = names[id(module)]
         if module is layers:
