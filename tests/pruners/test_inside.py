@@ -242,7 +242,7 @@ def test_catp_query_keeps_what_is_like_the_context() -> None:
 
 
 def test_catp_without_demonstrations_is_done_before_the_language_model() -> None:
-    """The vectors of the spec: coverage picks 0, 2, 3, 1, and with a weight of 0.7 on the fit to the text 0, 2, 1, 3."""
+    """The spec's vectors: coverage picks 0, 2, 3, 1, and with a weight of 0.7 on the fit to the text 0, 2, 1, 3."""
     alone = replace(make_tokens([[[(1, 4)]]], features=X), pair_text=torch.tensor([[1.0, 0]]))
     pruner = CATPPruner(layer=3)
     first = pruner.select(alone, pruner.stage_budget(Budget(3), PROJECTOR), PROJECTOR)
