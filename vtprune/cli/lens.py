@@ -70,7 +70,7 @@ def look(
             raise ConfigError(f"cannot write {out} ({error}); choose another path") from None
     console = Console(highlight=False)
     if categories is not None:
-        parts = [f"{name.replace('_', ' ')} {share:.1%}" for name, share in categories.shares().items()]
+        parts = [f"{viz.words.NAMES.get(name, name)} {share:.1%}" for name, share in categories.shares().items()]
         console.print(f"{len(seen)} visual tokens: {', '.join(parts)}", markup=False)
     else:
         console.print(f"{len(seen)} visual tokens", markup=False)
