@@ -2,20 +2,23 @@
 """The board: accuracy and measured time of every method on the pocket models, as tables, a page and a picture.
 
     python -m benchmarks.board --full       # one GPU; run it again and it goes on
+    python -m benchmarks.board --full --models pocket-llava --rows A     # a part, beside others on other GPUs
+    python -m benchmarks.board --merge A B C                             # parts to one board
     python -m benchmarks.board --small      # two CPU cores: one model, 8 methods, 50 questions of each task
     python -m benchmarks.board --ci         # two methods, 20 questions
     python -m benchmarks.board --once       # what encoding once saves: seconds of a sweep, and of each row alone
     python -m benchmarks.board --draw       # pages and picture once more, from the committed tables
 
-It is `vtprune eval` and `vtprune board` without a command line of typer's. Answers stay in ``--rows``; ``board.csv``,
-``overall.csv``, ``about.json``, ``index.html`` and ``board.png`` go to ``--out``. `benchmarks/README.md` has them.
+It is `vtprune eval` and `vtprune board` without a command line of typer's, and compares methods with one another
+(`claims`). Answers stay in ``--rows``; ``board.csv``, ``overall.csv``, ``pairs.csv``, ``about.json``, ``index.html``
+and ``board.png`` go to ``--out``. `benchmarks/README.md` has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.tables import write
+from benchmarks import claims
+from benchmarks.answers import write
 from vtprune.errors import InputError
 from vtprune.eval import board, page, runner
 from vtprune.eval.sweep import EXAMS, Request, load_model, sweep
@@ -32,13 +36,14 @@ from vtprune.eval.table import Row
 
 HERE = Path(__file__).parent
 ROWS = HERE.parent / "build" / "board"
-KEEPS = ("1/2", "1/4", "1/9")
+KEEPS = ("1/2", "1/4", "1/9", "1/18")
+TIMED = "1/9"  # whose time the tables of the guide have
 SMALL = ("norm", "divprune", "idpruner", "visionzip", "scope", "cdpruner", "fastv", "tome")
 #: Below it stand tables that are made.
 MARK = "<!-- python -m benchmarks.board --draw -->"
 SETS = {
-    "full": (tuple(EXAMS), ("all",), 300, KEEPS),
-    "small": (("pocket-llava",), SMALL, 50, KEEPS),
+    "full": (tuple(EXAMS), ("all", *(f"worst of={name}" for name in claims.ORDERED)), 300, KEEPS),
+    "small": (("pocket-llava",), SMALL, 50, KEEPS[:3]),
     "ci": (("pocket-llava",), ("norm", "divprune"), 20, ("1/9",)),
 }
 
@@ -46,7 +51,8 @@ SETS = {
 def request_of(which: str, given: argparse.Namespace) -> Request:
     """What one of `SETS` asks."""
     models, methods, count, keeps = SETS[which]
-    tasks = ("pocketvqa/basic",) if which == "ci" else ("all",)
+    tasks = ("pocketvqa/basic",) if which == "ci" else tuple(given.tasks)
+    models, keeps = tuple(given.models or models), tuple(given.keep or keeps)
     return Request(models, tasks, methods, keeps, "test", given.questions or count, device=given.device)
 
 
@@ -84,8 +90,9 @@ def once(given: argparse.Namespace) -> int:
         model, _ = load_model("pocket-llava", request)
         about = runner.provenance(model, "pocket-llava")
         seconds(["dense"], ["1/9"], "warm.jsonl")
-        together, apart, said = seconds(methods, list(KEEPS), "all.jsonl"), np.zeros(4), {}
-        for number, (method, keep) in enumerate(runner.combinations(methods, KEEPS)):
+        keeps = SETS["small"][3]
+        together, apart, said = seconds(methods, list(keeps), "all.jsonl"), np.zeros(4), {}
+        for number, (method, keep) in enumerate(runner.combinations(methods, keeps)):
             apart += seconds([method.label], [keep], f"{number}.jsonl")
             for row in board.read(Path(folder) / f"{number}.jsonl")[1]:
                 said[row["method"], row["keep"], row["id"]] = row["prediction"]
@@ -111,9 +118,9 @@ def tables(overall: Sequence[Row]) -> str:
     """The scores of ``overall.csv`` as Markdown: percent of dense, with half of the 95 % interval, and the time."""
     parts = []
     for model in board.models_of(overall):
-        rows = [row for row in overall if row["model"] == model]
+        rows = [row for row in overall if row["model"] == model and not row["method"].startswith("worst of=")]
         keeps = [keep for keep in KEEPS if any(row["keep"] == keep for row in rows)]
-        lines = [f"### {model}", "", "| method | " + " | ".join(f"keep {keep}" for keep in keeps) + " | time at 1/9 |"]
+        lines = [f"### {model}", "", f"| method | {' | '.join(f'keep {keep}' for keep in keeps)} | time at {TIMED} |"]
         lines.append("|---" * (len(keeps) + 2) + "|")
         ranked = {}
         for method in dict.fromkeys(row["method"] for row in rows):
@@ -123,9 +130,9 @@ def tables(overall: Sequence[Row]) -> str:
             else:  # what knows no budget
                 row = next(iter(own.values()))
                 lines.append(f"| {method} | {_score(row)} |" + " – |" * (len(keeps) - 1) + f" {_time(row)} |")
-        for method, own in sorted(ranked.items(), key=lambda item: -item[1][keeps[-1]]["relative"]):
+        for method, own in sorted(ranked.items(), key=lambda item: -item[1][TIMED]["relative"]):
             cells = " | ".join(_score(own[keep]) for keep in keeps)
-            lines.append(f"| `{method}` | {cells} | {_time(own[keeps[-1]])} |")
+            lines.append(f"| `{method}` | {cells} | {_time(own[TIMED])} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -140,10 +147,25 @@ def _time(row: Row) -> str:
     return "–" if row["ttft"] is None else f"{row['ttft']:.2f}"
 
 
+def below_the_mark(out: Path) -> str:
+    """All that is made for the guide from the tables of a board."""
+    numbers = ("n", "difference", "low", "high")
+    with (out / "pairs.csv").open(encoding="utf-8", newline="") as file:
+        pairs = [{k: float(v) if k in numbers else v for k, v in row.items()} for row in csv.DictReader(file)]
+    return f"{tables(board.from_csv(out / 'overall.csv'))}\n{claims.sections(pairs)}\n"
+
+
 def document(out: Path, page: Path = HERE.parent / "docs" / "board.md") -> None:
     """Write the tables of a board into the guide that tells what they show, below its mark."""
     head = page.read_text(encoding="utf-8").split(MARK)[0]
-    page.write_text(head + MARK + "\n\n" + tables(board.from_csv(out / "overall.csv")), encoding="utf-8")
+    page.write_text(f"{head}{MARK}\n\n{below_the_mark(out)}", encoding="utf-8")
+
+
+def finish(folders: Sequence[Path], out: Path) -> None:
+    """Tables, page and picture of one board, or of several that are parts of one."""
+    board.write(folders, out)
+    board.to_csv(out / "pairs.csv", list(claims.pairs(board.gather(folders))))
+    print(page.draw(out))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,6 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
     kinds = parser.add_mutually_exclusive_group(required=True)
     for name in (*SETS, "once", "draw"):
         kinds.add_argument(f"--{name}", action="store_const", const=name, dest="which")
+    kinds.add_argument("--merge", nargs="+", type=Path, metavar="ROWS", help="folders of answers, parts of one board")
+    parser.add_argument("--models", nargs="+", default=None)
+    parser.add_argument("--tasks", nargs="+", default=["all"])
+    parser.add_argument("--keep", nargs="+", default=None)
     parser.add_argument("--questions", type=int, default=None, help="of each task")
     parser.add_argument("--workers", type=int, default=None, help="processes; default 6 on a GPU, 1 on a CPU")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no more batches after this time")
@@ -165,6 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(page.draw(out))
         if out.resolve().parent == HERE / "results":  # the guide tells of committed boards
             document(out)
+        return 0
+    if given.merge:
+        finish(given.merge, out)
         return 0
     rows = given.rows or ROWS / given.which
     workers = given.workers or (max(1, min(6, (os.cpu_count() or 2) - 2)) if torch.cuda.is_available() else 1)
@@ -185,14 +214,11 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     print(f"swept in {time.monotonic() - begun:.0f} s", flush=True)
     try:
-        board.write([rows], rows)
+        finish([rows], out)
     except InputError as error:
         print(f"not finished: {error}")
         return 1
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("board.csv", "overall.csv", "about.json"):
-        shutil.copyfile(rows / name, out / name)
-    print(page.draw(out), f"after {time.monotonic() - begun:.0f} s")
+    print(f"after {time.monotonic() - begun:.0f} s")
     return 0
 
 

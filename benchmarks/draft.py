@@ -33,8 +33,8 @@ import torch
 import transformers
 
 import vtprune
+from benchmarks.answers import RESULTS, write
 from benchmarks.selector import compared
-from benchmarks.tables import RESULTS, write
 from vtprune.draft import break_even, draft_row, drafting
 from vtprune.eval import controls, runner, tasks
 from vtprune.eval.runner import current_commit as commit

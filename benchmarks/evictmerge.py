@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 import vtprune
-from benchmarks.tables import write
+from benchmarks.answers import write
 from benchmarks.vasparse import PAIRS, pictures, prompts, share
 from vtprune.budget import parse_keep
 from vtprune.decoding import evictmerge

@@ -40,8 +40,8 @@ import transformers
 from torch import Tensor
 
 import vtprune
+from benchmarks.answers import RESULTS, write
 from benchmarks.papers import named
-from benchmarks.tables import RESULTS, write
 from vtprune.eval import controls, runner, stats, tasks
 from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family

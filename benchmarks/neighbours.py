@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 import vtprune
+from benchmarks.answers import RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
 from benchmarks.papers import rows_of
 from benchmarks.side_by_side import Job, default_workers, loaded, side_by_side
-from benchmarks.tables import RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
 from vtprune.eval import controls, runner, tasks
 from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 import vtprune
+from benchmarks.answers import Answers, about, batch_of, rows_file, write
 from benchmarks.side_by_side import Job, default_workers, loaded, side_by_side
-from benchmarks.tables import Answers, about, batch_of, rows_file, write
 from vtprune.eval import controls, runner, stats, tasks
 from vtprune.eval.runner import current_commit as commit
 from vtprune.kernels import reference

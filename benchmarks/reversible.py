@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 
 import vtprune
+from benchmarks.answers import RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
 from benchmarks.neighbours import PRICED
 from benchmarks.papers import rows_of
 from benchmarks.side_by_side import Job, default_workers, loaded, side_by_side
-from benchmarks.tables import RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
 from vtprune.engine.report import prefill_flops
 from vtprune.eval import controls, runner, tasks
 from vtprune.eval.runner import current_commit as commit

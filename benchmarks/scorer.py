@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.answers import BATCH, RESULTS, ROWS, Answers, answer, rows_file, write
 from benchmarks.papers import rows_of
 from benchmarks.side_by_side import Job, default_workers, side_by_side
-from benchmarks.tables import BATCH, RESULTS, ROWS, Answers, answer, rows_file, write
 from vtprune.eval.runner import current_commit as commit
 
 MODEL, WORLDS, KEEPS = "pocket-llava", ("basic", "extended", "easy-vqa"), ("1/9", "1/18")

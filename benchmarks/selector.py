@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.answers import BATCH, RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
 from benchmarks.papers import about, named
 from benchmarks.side_by_side import Job, default_workers, side_by_side
-from benchmarks.tables import BATCH, RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
 from vtprune.eval import stats
 from vtprune.eval.runner import current_commit as commit
 

@@ -24,8 +24,8 @@ import torch
 import transformers
 
 import vtprune
+from benchmarks.answers import RESULTS, write
 from benchmarks.selector import compared
-from benchmarks.tables import RESULTS, write
 from vtprune.eval import controls, runner, tasks
 from vtprune.eval.runner import current_commit as commit
 from vtprune.lens.skiprouter import Router, share, skiprouter

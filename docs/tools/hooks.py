@@ -24,10 +24,6 @@ REPOSITORY = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])|(?<=src=\")([^\":]+)(?=\")")
 
 
-#: Where pages go that mkdocs.yml does not place: one that `benchmarks.tables --report` writes; any other to the guides.
-PLACES = {"results.md": "What we measured"}
-
-
 def on_config(config: Any) -> Any:
     """A place in the navigation for each method, and for pages that nobody placed."""
     groups: dict[str, list[Any]] = {}
@@ -37,7 +33,7 @@ def on_config(config: Any) -> Any:
     placed = str(config.nav)
     for path in sorted((ROOT / "docs").glob("*.md")):
         if f"'{path.name}'" not in placed:
-            groups[PLACES.get(path.name, "Guides")].append(path.name)
+            groups["Guides"].append(path.name)
     return config
 
 

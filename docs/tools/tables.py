@@ -186,33 +186,6 @@ def board(method: str) -> str:
     return f"{markdown(['model', '', *budgets], body)}\n\n{about} From `benchmarks/results/{name}`: one NVIDIA H200."
 
 
-def worlds(method: str) -> str:
-    """All pocket models and tasks, where somebody has run `benchmarks.tables`: the method, and chance."""
-    name = first("tables-nvidia-*.csv")
-    if name is None:
-        return ""
-    found = [r for r in rows(name) if r["kind"] == "mean"]
-    labels = list(dict.fromkeys(r["method"] for r in found if belongs(r["method"], method)))
-    budgets = keeps(found)
-    by = {(r["model"], r["world"], r["method"], r["keep"]): r for r in found}
-
-    def cell(*key: str) -> str:
-        r = by.get(key)
-        return f"{100 * float(r['accuracy']):.1f} ± {50 * (float(r['high']) - float(r['low'])):.1f}" if r else "–"
-
-    body = []
-    for model, world in dict.fromkeys((r["model"], r["world"]) for r in found):
-        body.append([model, world, "all tokens", *[cell(model, world, "dense", "1")] * len(budgets)])
-        for label in dict.fromkeys(["random", *labels]):
-            if any((model, world, label, keep) in by for keep in budgets):
-                body.append([model, world, code(label), *(cell(model, world, label, keep) for keep in budgets)])
-    return (
-        f"{markdown(['model', 'world', '', *budgets], body)}\n\nPercent right. {source(name, found[0])}"
-        if labels
-        else ""
-    )
-
-
 #: What `<!-- table: NAME -->` in a page becomes.
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
@@ -238,8 +211,6 @@ def of_method(method: str) -> str:
             parts.append(f"**{title}**\n\n{right(name, wanted)}")
     if overall := board(method):
         parts.append(f"**On the board**\n\n{overall}")
-    if everywhere := worlds(method):
-        parts.append(f"**All models and tasks**\n\n{everywhere}")
     clips = first("video-*.csv")
     if clips and any(wanted(r["method"]) for r in rows(clips)):
         parts.append(f"**Clips**\n\n{video(wanted)}")

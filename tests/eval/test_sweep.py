@@ -369,3 +369,24 @@ def test_costs_are_measured_and_shared(tmp_path: Path) -> None:
     sweep.make_plan(request, tmp_path, 1, lambda _: None)
     assert read(tmp_path / "costs" / "pocket-llava.jsonl")[1] == rows
     assert json.loads((tmp_path / "plan.json").read_text())["request"]["count"] == 2
+
+
+def test_all_times_of_a_task_are_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that comes later is not timed alone: what it takes would stand beside the times of another day."""
+    days = iter((1.0, 2.0))
+
+    def measure(_model: Any, _processor: Any, task: Any, _examples: Any, plans: Any, say: Any) -> Any:
+        now = next(days)
+        for method, keep in plans:
+            row = {"type": "cost", "task": task.name, "method": method.label, "keep": keep}
+            yield {**row, "ttft_ms": now, "total_ms": now, "peak_mib": now}
+
+    monkeypatch.setattr(sweep.cost, "measure", measure)
+    request = replace(REQUEST, tasks=("pocketvqa/basic", "pocketvqa/extended"), methods=("norm",), count=2, costs=True)
+    for methods in (("norm",), ("norm", "grid", "divprune"), ("norm", "divprune")):
+        sweep.make_plan(replace(request, methods=methods), tmp_path, 1, lambda _: None)
+    found = board.costs_of([tmp_path])
+    assert {(task, method) for _, task, method, _ in found} >= {
+        (task, method) for task in request.tasks for method in ("dense", "norm", "divprune")
+    }
+    assert {row["ttft_ms"] for row in found.values()} == {2.0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of all methods and of the papers' questions, from answers that are made up here."""
+"""What methods are worth beside one another, and the papers' questions, from answers that are made up here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from benchmarks import papers, scorer, tables
+from benchmarks import answers, claims, papers, scorer
 from benchmarks.side_by_side import side_by_side
 from vtprune.eval import runner
+from vtprune.eval.board import Answers
 from vtprune.pruners.scorer import Scorer
 
 #: Chance of a right answer under each method.
@@ -25,7 +26,7 @@ SKILL = {"dense": 0.95, "blank": 0.1, "question-only": 0.1, "downsample": 0.3, "
 def made_up(
     model: str, world: str, seed: int, count: int, methods: list[str], keeps: list[str], folder: Path, **_: Any
 ) -> float:
-    """What `tables.answer` would have written, without a model."""
+    """What `answers.answer` would have written, without a model."""
     task = world if world == "easy-vqa" else f"pocketvqa/{world}"
     header = {"type": "run", "model": model, "device": "NVIDIA H100 80GB HBM3", "torch": "2", "transformers": "5"}
     lines = [header | {"commit": "abc"}]
@@ -39,7 +40,7 @@ def made_up(
                 "correct": chance.random() < SKILL.get(method.label, 0.8),
             }
             lines.append(row)
-    path = tables.rows_file({"model": model, "world": world, "seed": seed, "folder": folder})
+    path = answers.rows_file({"model": model, "world": world, "seed": seed, "folder": folder})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return 0.0
@@ -50,54 +51,41 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "answer", made_up)
-    given = ["--questions", "96", "--keep", "1/9", "1/18", "--workers", "1", "--commit", "abc", "--methods", "random"]
-    given += ["grid", "norm", "divprune", "hiprune", "idpruner", "--models", "pocket-llava", "pocket-llava-next"]
-    given += ["--rows", str(tmp_path / "rows"), "--out", str(tmp_path), "--page", str(tmp_path / "results.md")]
-    assert tables.main(given) == 0
-    rows = read(tmp_path / "tables-nvidia-h100-80gb-hbm3.csv")
-    combinations = 3 + 2 * (1 + 6 + 3)  # three controls without a budget; downsample, methods, three worst ends
-    kinds, worlds = 3, len(tables.worlds("pocket-llava")) + len(tables.worlds("pocket-llava-next"))
-    assert len(rows) == combinations * kinds * worlds
-    assert {row["n"] for row in rows if row["kind"] == "mean"} == {"96"}
-    assert {row["n"] for row in rows if row["kind"] == "kind 0"} == {"48"}
-    assert {(row["gpu"], row["commit"]) for row in rows} == {("NVIDIA H100 80GB HBM3", "abc")}
+def found(skill: dict[str, float], keeps: tuple[str, ...] = ("1/4", "1/9"), count: int = 240) -> Answers:
+    """Answers to one task in which each method is right as often as its skill says, a little less with fewer tokens."""
+    chance = np.random.default_rng(0)
+    names = [("dense", "1"), *((name, keep) for name in skill for keep in keeps)]
+    worth = [0.95, *(skill[name] - 0.02 * at for name in skill for at in range(len(keeps)))]
+    scores = (chance.random((count, 1)) < np.array(worth)).astype(float)  # what a weak one can answer, a strong one can
+    none = [0.0] * len(names)
+    kinds = [f"kind {i % 2}" for i in range(count)]
+    return Answers([str(i) for i in range(count)], kinds, names, scores, none, none, [0] * len(names), [], [])
+
+
+def test_claims_are_judged_by_paired_intervals() -> None:
+    skill = {"random": 0.4, "grid": 0.4, "pool": 0.4, "downsample": 0.3, "norm": 0.9, "divprune": 0.6, "idpruner": 0.8}
+    skill |= {"scope": 0.9, "fastv": 0.4, "worst of=norm": 0.05, "worst of=divprune": 0.7}
+    tasks = {"one": found(skill), "two": found(skill)}
+    rows = list(claims.pairs({"pocket-llava": tasks, "pocket-llava-next": {"one": found({**skill, "idpruner": 0.3})}}))
+    by = {(row["model"], row["method"], row["than"], row["keep"]): row for row in rows}
+    assert len(by) == len(rows) and {row["n"] for row in rows if row["model"] == "pocket-llava"} == {480}
     for row in rows:
-        low, value, high = (float(row[key]) for key in ("low", "accuracy", "high"))
-        assert low <= value <= high and abs(value - SKILL.get(row["method"], 0.8)) < 0.25
-        assert float(row["minus_dense"]) == pytest.approx(value - _dense(rows, row), abs=2e-4)
-    pairs = read(tmp_path / "tables-pairs-nvidia-h100-80gb-hbm3.csv")
-    assert {tables.verdict(row) for row in pairs if (row["first"], row["second"]) == ("norm", "random")} == {"shows"}
-    page = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "## pocket-llava-next" in page and "`hiprune object_layer=2`" in page
-    assert "That `idpruner` beats `divprune` (arXiv 2602.13315) does not show" in page
-    assert "pocket-llava, `grid`" not in page.split("## Against what costs nothing")[1]
-    assert "All of them lose" not in page  # worst of=divprune and of=idpruner are made up to be good
-    assert "pocket-llava, `divprune` at 1/9: its worst tokens are not worse than random ones." in page
-    assert "`norm` at 1/9: its worst" not in page
-
-
-def _dense(rows: list[dict[str, str]], like: dict[str, str]) -> float:
-    same = ("model", "world", "kind")
-    return next(float(r["accuracy"]) for r in rows if r["method"] == "dense" and all(r[k] == like[k] for k in same))
-
-
-def test_a_world_that_is_not_finished_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails_on_hires(**job: Any) -> float:
-        if job["world"] == "hires" and job["seed"] == 1:
-            raise RuntimeError("out of memory")
-        return made_up(**job)
-
-    monkeypatch.setattr(tables, "answer", fails_on_hires)
-    given = ["--questions", "60", "--keep", "1/9", "--workers", "1", "--methods", "random", "norm", "--commit", "abc"]
-    given += ["--models", "pocket-llava-next", "--rows", str(tmp_path / "rows"), "--out", str(tmp_path)]
-    assert tables.main([*given, "--page", str(tmp_path / "results.md")]) == 1
-    assert "out of memory" in capsys.readouterr().out
-    rows = read(tmp_path / "tables-nvidia-h100-80gb-hbm3.csv")
-    assert {row["world"] for row in rows} == {"basic", "extended"}
+        assert row["low"] <= row["difference"] <= row["high"]
+    assert claims.verdict(by["pocket-llava", "idpruner", "divprune", "1/4"]) == "shows"
+    assert claims.verdict(by["pocket-llava", "idpruner", "scope", "1/9"]) == "reversed"
+    assert by["pocket-llava", "idpruner", "divprune", "1/9"]["difference"] == pytest.approx(0.2, abs=0.06)
+    text = claims.sections(rows)
+    assert "Does not show anywhere: `idpruner` above `scope`." in text
+    assert "the opposite in others: `idpruner` above `divprune`." in text
+    cheap = text.split("## Against what costs nothing")[1].split("## The worst end")[0]
+    assert (
+        "- pocket-llava, `fastv`: not better than `random` (1/4, 1/9), `grid` (1/4, 1/9), `pool` (1/4, 1/9)." in cheap
+    )
+    assert "`norm`" not in cheap and "worst" not in cheap
+    worst = text.split("## The worst end")[1].splitlines()
+    assert next(line for line in worst if line.startswith("| `norm`")).count("**+") == 4
+    assert next(line for line in worst if line.startswith("| `divprune`")).count("~~-") == 4
+    assert not any(line.startswith("| `zoo`") for line in worst)
 
 
 def test_a_run_that_went_on_with_other_code_says_so(tmp_path: Path) -> None:
@@ -105,27 +93,23 @@ def test_a_run_that_went_on_with_other_code_says_so(tmp_path: Path) -> None:
     jobs = [{**job, "seed": seed, "keeps": ["1/9"], "folder": tmp_path} for seed in range(3)]
     for one in jobs:
         made_up(**one)
-    last = tables.rows_file(jobs[2])
+    last = answers.rows_file(jobs[2])
     last.write_text(last.read_text().replace('"abc"', '"def"'))
-    answers = tables.Answers([tables.rows_file(one) for one in jobs])
-    found = {"pocket-llava": {"basic": answers}}
-    for rows in (tables.table(found), tables.pairs(found)):
-        assert {row["commit"] for row in rows} == {"abc + def"}
-    assert tables.about(answers.header)["gpu"] == "NVIDIA H100 80GB HBM3"
+    whole = answers.Answers([answers.rows_file(one) for one in jobs])
+    assert answers.about(whole.header) == {
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "torch": "2",
+        "transformers": "5",
+        "commit": "abc + def",
+    }
+    assert whole.correct.shape == (12, 3)
 
 
-def test_every_question_is_asked_once_and_a_batch_fits_on_the_gpu() -> None:
-    class Given:
-        models, questions, keep, methods, commit, rows = list(tables.EXAMS), 300, ["1/9"], ["norm"], "abc", Path("x")
-
-    jobs = tables.jobs(Given)  # type: ignore[arg-type]
-    assert len({tables.rows_file(job) for job in jobs}) == len(jobs)
-    for model in tables.EXAMS:
-        for world in tables.worlds(model):
-            mine = [job for job in jobs if (job["model"], job["world"]) == (model, world)]
-            assert sum(job["count"] for job in mine) == 300
-            most = tables.TOKENS.get((model, world), 576)
-            assert all(job["batch"] * most <= tables.TOGETHER and job["batch"] <= tables.BATCH for job in mine)
+def test_a_batch_fits_on_the_gpu() -> None:
+    for (model, world), most in answers.TOKENS.items():
+        batch = answers.batch_of(model, world)
+        assert 0 < batch <= answers.BATCH and batch * most <= answers.TOGETHER and batch % 12 == 0
+    assert answers.batch_of("pocket-llava", "basic") == answers.BATCH
 
 
 def _double(number: int) -> int:

@@ -219,13 +219,12 @@ def _plan(folder: Path) -> Row:
 
 
 def costs_of(folders: Sequence[str | Path]) -> dict[tuple[str, str, str, str], Row]:
-    """Costs by model, task, method and budget; where several boards have one, the first."""
+    """Costs by model, task, method and budget: the last of a board, whose times are of one run; of boards the first."""
     found: dict[tuple[str, str, str, str], Row] = {}
-    for folder in map(Path, folders):
+    for folder in reversed([*map(Path, folders)]):
         for file in sorted(folder.glob("costs/*.jsonl")):
             headers, rows = read(file)
-            for row in rows:
-                found.setdefault((headers[0]["model"], row["task"], row["method"], row["keep"]), row)
+            found |= {(headers[0]["model"], row["task"], row["method"], row["keep"]): row for row in rows}
     return found
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -324,8 +324,8 @@ def _measure(
     timed: dict[tuple[int, ...], str],
     say: Say,
 ) -> None:
-    """Append the costs that are not on the board yet. Tasks whose prompts have as many visual tokens, and whose answers
-    may be as long, share them."""
+    """Append the costs of a task, if some are not on the board yet: all of them, since times of two runs say nothing
+    beside each other. Tasks whose prompts have as many visual tokens, and whose answers may be as long, share them."""
     from ..api import encode
 
     file = folder / "costs" / f"{slug(name)}.jsonl"
@@ -337,17 +337,18 @@ def _measure(
     visual = any(key in inputs[0] for key in PIXEL_KEYS)
     shape = (task.max_new_tokens, *(sum(encode(model, one).seqlens) if visual else 0 for one in inputs))
     like = timed.setdefault(shape, task.name)
+    columns = [(method.label, keep) for method, keep in plans]
+    shared = [{**there[(like, *c)], "task": task.name, "measured_on": like} for c in columns if (like, *c) in there]
+    if like != task.name and len(shared) == len(columns):
+        fresh: Iterable[Row] = [row for row in shared if there.get((task.name, row["method"], row["keep"])) != row]
+    elif all((task.name, *column) in there for column in columns):
+        return
+    else:
+        fresh = cost.measure(model, processor, task, examples, plans, say=say)
     with file.open("a", encoding="utf-8") as out:
         if not headers:
             runner.write(out, [about])
-        todo = [plan for plan in plans if (task.name, plan[0].label, plan[1]) not in there]
-        for method, keep in todo if like != task.name else ():
-            row = there.get((like, method.label, keep))
-            if row is not None:
-                runner.write(out, [{**row, "task": task.name, "measured_on": like}])
-                there[task.name, method.label, keep] = row
-        todo = [plan for plan in todo if (task.name, plan[0].label, plan[1]) not in there]
-        for row in cost.measure(model, processor, task, examples, todo, say=say):
+        for row in fresh:
             runner.write(out, [row])
 
 
