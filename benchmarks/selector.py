@@ -5,11 +5,11 @@
     python -m benchmarks.selector --selector path/to/selector.safetensors
     python -m benchmarks.selector --questions 96 --worlds basic    # on a CPU, to see it run
 
-Test split, budgets 1/9 and 1/18. `selector-<gpu>.csv` has a row per world, kind of question ("all": their mean), method
-and budget: accuracy, and what the selector is better by, question by question, with 95 % intervals. World `pocketvqa` is
-the mean over those of PocketVQA, of which easy-VQA is none. `pair` has two pictures in a prompt, which the selector was
-never trained on. Methods that prune inside the language model (`fastv`,
-`pyramiddrop`, `sparsevlm`, `catp`) pay for layers with all tokens, which no method before it does.
+Test split, budgets 1/9 and 1/18. `selector-<gpu>.csv` has a row per world, kind of question ("all": their mean),
+method and budget: accuracy, and what the selector is better by, question by question, with 95 % intervals. World
+`pocketvqa` is the mean over those of PocketVQA, of which easy-VQA is none. `pair` has two pictures in a prompt, which
+the selector was never trained on. Methods that prune inside the language model (`fastv`, `pyramiddrop`, `sparsevlm`,
+`catp`) pay for layers with all tokens, which no method before it does.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def test_differences_are_ours_minus_theirs_at_the_same_budget() -> None:
 
 
 def test_the_mean_over_worlds_gives_each_an_equal_share_and_leaves_other_tasks_out(tmp_path: Path) -> None:
-    """By hand: a has kinds x and y, b has kind z alone; ours is right on 1/2 and 1 of a's kinds (3/4) and on 1/4 of b's,
-    the other on 1/2 and 0 (1/4) and on 3/4: means 1/2 and 1/2, differences 1/2 and -1/2, so none."""
+    """By hand: a has kinds x and y, b has kind z alone. Ours is right on 1/2 and 1 of a's kinds (3/4) and on 1/4 of
+    b's, the other on 1/2 and 0 (1/4) and on 3/4: means 1/2 and 1/2, differences 1/2 and -1/2, so none."""
     ours, other = "selector weights=/x/mine.safetensors", "random"
     right = {
         "a": {"x": ((1, 1), (0, 0)), "y": ((1, 0), (1, 0))},
