@@ -5,10 +5,9 @@
     python -m benchmarks.two_gpus --devices cpu cpu      # the hooks alone, on any machine
 
 The decoder is cut in half: encoder, projector and the first layers on one card, the rest and the head on the other, so
-that pruning at the projector happens on the first card, and after a layer of the upper half on the second (a head that is
-tied to the embeddings stays with them). Every line
-says how many greedy tokens equal those of the same weights on one card, and the largest difference of the logits from
-which the first was drawn, as a part of the largest logit. The log of a run belongs beside the results.
+that pruning at the projector happens on the first card, and after a layer of the upper half on the second (a head that
+is tied to the embeddings stays with them). Every line says how many greedy tokens equal those of the same weights on
+one card, and the largest difference of the logits from which the first was drawn, as a part of the largest logit.
 """
 
 from __future__ import annotations
@@ -46,6 +45,8 @@ def halves(family: Any, first: str, second: str) -> dict[str, str]:
     for module in family.inner.children():
         if module is not family.lm:
             place[names[id(module)]] = first
+    for name, _ in family.inner.named_parameters(recurse=False):  # LLaVA-NeXT's newline
+        place[f"{names[id(family.inner)]}.{name}"] = first
     for name, module in family.lm.named_children():
         path = names[id(module)]
         if module is layers:

@@ -195,7 +195,12 @@ def test_catp_budgets(removed: float, first: int) -> None:
 
 def test_catp_budgets_of_counts_and_of_samples_without_demonstrations() -> None:
     tokens = replace(make_tokens([[[(2, 5)], [(2, 5)]], [], [[(2, 5)]]]), ctx={"image_lens": (10, 10, 10)})
-    assert Halfway(4).pools(tokens).counts == (7, 7, 7) and Halfway(30).pools(tokens).counts == (10, 10, 10)
+    assert Halfway(4).pools(tokens).counts == (7, 7, 4) and Halfway(30).pools(tokens).counts == (10, 10, 10)
+    assert Halfway(4, query_images=2).pools(tokens).counts == (4, 4, 4)  # nobody has a demonstration
+    assert Halfway(4, "joint").pools(tokens).counts == (14, 0, 4)
+    assert Halfway(0.5, allocation="equal").pools(
+        make_tokens([[[(2, 5), (1, 4)], [(2, 5)]], [[(2, 3), (1, 2)]]])
+    ).counts == (7, 3, 7, 3, 1)
     assert Contextual(4).pools(tokens) == ((10, 10, 10), (4, 10, 10))
     assert Contextual(4, query=True).pools(tokens) == ((10, 10, 10), (10, 4, 4))
     assert Contextual(4, query_images=2, query=True).pools(tokens) == ((10, 10, 10), (4, 4, 4))
@@ -234,12 +239,20 @@ def test_catp_query_keeps_what_is_like_the_context() -> None:
     pruner, stage = CATPPruner(layer=3), Stage(4)
     budget = pruner.stage_budget(Budget(2), stage)
     assert pruner.select(tokens, budget, stage).index.tolist() == [0, 1, 3, 5]
-    # Without demonstrations the question, here (0, 1), takes their place.
-    alone = make_tokens([[[(2, 2)]]], features=features[2:])
-    alone = replace(alone, text=tokens.text, text_lens=(1,))
-    assert pruner.select(alone, budget, stage).index.tolist() == [0, 2]
-    wordless = replace(alone, text=tokens.text[:0], text_lens=(0,))
-    assert pruner.select(wordless, budget, stage).index.tolist() == [0, 1]
+
+
+def test_catp_without_demonstrations_is_done_before_the_language_model() -> None:
+    """The spec's vectors: coverage picks 0, 2, 3, 1, and with a weight of 0.7 on the fit to the text 0, 2, 1, 3."""
+    alone = replace(make_tokens([[[(1, 4)]]], features=X), pair_text=torch.tensor([[1.0, 0]]))
+    pruner = CATPPruner(layer=3)
+    first = pruner.select(alone, pruner.stage_budget(Budget(3), PROJECTOR), PROJECTOR)
+    assert first.index.tolist() == [0, 1, 2]
+    left = replace(make_tokens([[[(1, 3)]]], features=X[:3]), ctx={"image_lens": (4,)})
+    left = replace(left, text=torch.tensor([[0.0, 1]]), text_lens=(1,))
+    rows = torch.zeros(3)
+    left = probed(left, last_query_row_3=rows, last_query_row_2=rows)
+    for stage in (Stage(3), Stage(4)):
+        assert pruner.select(left, pruner.stage_budget(Budget(3), stage), stage).index.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("depth,layer", [(32, 6), (28, 6), (40, 10), (16, 3), (6, 1), (5, 1)])

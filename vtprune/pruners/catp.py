@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -20,13 +21,34 @@ from . import common, layers
 
 @dataclass(frozen=True)
 class Halfway(SteppedBudget):
-    """Half of what goes in the end is gone: of N tokens that K will be left of, ``floor((N + K) / 2)``."""
+    """Half of what goes in the end is gone: of N tokens that K will be left of, ``floor((N + K) / 2)``.
+
+    All of it is gone from a sample that has no demonstrations.
+
+    Parameters
+    ----------
+    query_images
+        As in `Contextual`.
+    """
+
+    query_images: int = 1
 
     def image_count(self, n: int) -> int:
         if not n:
             return 0
         share = min(self.keep, n) / n if isinstance(self.keep, int) else self.keep
         return max(super().image_count(n), math.floor((n + n * share**self.power) / 2 + 1e-6))
+
+    def pools(self, tokens: VisualTokens) -> Pools:
+        half = super().pools(tokens)
+        whole = SteppedBudget(self.keep, self.scope, self.allocation, self.power).pools(tokens)
+        of_images = tokens.image_sample
+        of_pools: Sequence[int] = of_images if self.allocation == "pooled" else [of_images[i] for i in tokens.seg_image]
+        if self.scope == "joint":
+            of_pools = range(tokens.num_samples)
+        alone = [of_images.count(sample) <= self.query_images for sample in of_pools]
+        counts = tuple(w if a else h for a, w, h in zip(alone, whole.counts, half.counts, strict=True))
+        return Pools(half.lens, counts)
 
 
 @dataclass(frozen=True)
@@ -90,8 +112,9 @@ class CATPPruner(Pruner):
       it and the next one; where there is none, coverage alone counts. The last picture is the query's.
     - Stage 1 maps cosines to [0, 1] by ``(1 + cos) / 2``; stage 2 takes them as they are, and the attention raw.
     - Views of one picture compete (``allocation="pooled"``). Counts round down.
-    - Without demonstrations there is nothing to do after layer K, and after layer K + 1 the mean of the question takes
-      their place.
+    - Without demonstrations there is nothing to adapt to: the first step then takes all that goes, and the others
+      nothing. (To let the mean of the question stand for the missing demonstrations, as one might, keeps the tokens
+      that are most like words, and loses to chance by far.)
 
     Parameters
     ----------
@@ -148,7 +171,7 @@ class CATPPruner(Pruner):
         last = SteppedBudget.towards(budget, 1.0)
         given = (last.keep, last.scope, last.allocation, last.power)
         if stage == PROJECTOR:
-            return Halfway(*given)
+            return Halfway(*given, self.query_images)
         return Contextual(*given, self.query_images, stage.layer != self.after)
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
@@ -182,9 +205,8 @@ class CATPPruner(Pruner):
 
     def _like_the_context(self, tokens: VisualTokens) -> Tensor:
         scores = torch.zeros(len(tokens.source), device=tokens.device)
-        for (shown, asked), words in zip(samples(tokens, self.query_images), _words(tokens), strict=True):
-            context = tokens.features[slice(*_span(tokens, shown))] if shown else words
-            if context.shape[0]:
+        for shown, asked in samples(tokens, self.query_images):
+            if shown and (context := tokens.features[slice(*_span(tokens, shown))]).shape[0]:
                 start, end = _span(tokens, asked)
                 scores[start:end] = _cosine(tokens.features[start:end], context.float().mean(0))
         return scores
