@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -311,3 +312,51 @@ def test_memory_of_fine_tuning_is_that_of_its_file() -> None:
         for row in csv.DictReader(file):
             label = "all 576" if row["method"] == "dense" else row["keep"]
             assert line(label, f"{float(row['saved_mib']):.1f}") in page
+
+
+def test_numbers_in_the_text_are_those_of_the_files() -> None:
+    def text(page: str) -> str:
+        return " ".join((ROOT / f"docs/{page}.md").read_text(encoding="utf-8").split())
+
+    near, learned = text("neighbours"), text("neighbours-learned")
+    lost = [
+        -float(r["reversible_minus_this"])
+        for r in rows("reversible")
+        if (r["world"], r["equal"]) == ("video", "overall")
+    ]
+    assert f"by {min(lost):.2f} to {max(lost):.2f}, and against chance" in near
+    icl = [r for r in rows("reversible") if r["world"] == "icl"]
+    right = [float(r["accuracy"]) for r in icl]
+    assert (
+        f"all tokens are right on {right[0]:.2f}, and so is everything else ({min(right):.2f} to {max(right):.2f})"
+        in near
+    )
+    top = max((r for r in icl if r["equal"]), key=lambda r: float(r["reversible_minus_this_low"]))
+    assert f"of 36 differences one is clear, by {float(top['reversible_minus_this']):.2f}" in near
+    found = {(r["method"], r["keep"]): r for r in rows("evictmerge") if r["shown"] == "basic"}
+    size = {keep: float(found[method, keep]["kv_kib"]) / 1024 for method, keep in found}
+    shrinks = ", ".join(f"{size[keep]:.1f} ({keep})" for keep in ("1/2", "1/4", "1/9"))
+    assert f"from {size['1']:.1f} MiB to {shrinks} and {size['1/18']:.1f} (1/18)" in near
+    named = {key: f"{float(row['agree_on_named']):.2f}" for key, row in found.items()}
+    own, chance = named["evictmerge", "1/9"], named["random", "1/9"]
+    for say in (
+        f"{own} against {chance} by chance, and {named['random, merge', '1/9']} by chance with merging",
+        f"({named['random', '1/2']} against {named['evictmerge', '1/2']})",
+        f"({named['evict, global', '1/18']} against {named['evictmerge', '1/18']})",
+    ):
+        assert say in near, say
+
+    draft = {(r["world"], r["method"], r["keep"]): r for r in rows("draft") if r["kind"] == "all"}
+    gains = [f"{float(draft[world, 'idpruner', '1/18']['best_draft_minus']):.2f}" for world in ("basic", "extended")]
+    assert f"at 1/18 on both worlds (by {gains[0]} and {gains[1]})" in learned
+    assert f"`basic` (by {-float(draft['basic', 'scope', '1/9']['best_draft_minus']):.2f})" in learned
+    log = (ROOT / "vtprune/models/pocket/pocket-llava/selector.jsonl").read_text(encoding="utf-8").splitlines()
+    start, *checks, stop = map(json.loads, log)
+    best = max(checks, key=lambda row: row["held 0.1111"] + row["held 0.0556"])
+    assert start["device"] == "NVIDIA H200" and len(checks) == 7
+    assert f"{checks[-1]['seconds']:.0f} seconds, {stop['step']:,} steps of {start['batch']}" in learned
+    assert (
+        f"{start['lessons']:,} questions" in learned and f"On {start['held']} questions that were held out" in learned
+    )
+    held = [f"{best[name]:.3f}" for name in ("held 0.1111", "held 0.0556")]
+    assert f"(step {best['step']}), top-k keeps {held[0]} of the answers at 1/9 and {held[1]} at 1/18" in learned
