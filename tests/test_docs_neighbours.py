@@ -360,3 +360,15 @@ def test_numbers_in_the_text_are_those_of_the_files() -> None:
     )
     held = [f"{best[name]:.3f}" for name in ("held 0.1111", "held 0.0556")]
     assert f"(step {best['step']}), top-k keeps {held[0]} of the answers at 1/9 and {held[1]} at 1/18" in learned
+
+
+def test_catp_as_it_is_now_is_told_as_measured() -> None:
+    page = (ROOT / "docs/neighbours-learned.md").read_text(encoding="utf-8").replace("\n", " ")
+    with (ROOT / "benchmarks/results/selector-catp-cpu.csv").open(encoding="utf-8") as file:
+        found = {
+            (r["world"], r["keep"]): r for r in csv.DictReader(file) if (r["kind"], r["method"]) == ("all", "catp")
+        }
+    told = [gain(found["pocketvqa", keep], "selector_minus", digits=3) for keep in ("1/9", "1/18")]
+    assert f"by {told[0]} at 1/9 and {told[1]} at 1/18" in page
+    level = {world for (world, _), row in found.items() if not clear(row)}
+    assert level == {"extended", "clutter"}
