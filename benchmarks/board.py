@@ -37,13 +37,14 @@ from vtprune.eval.table import Row
 HERE = Path(__file__).parent
 ROWS = HERE.parent / "build" / "board"
 KEEPS = ("1/2", "1/4", "1/9", "1/18")
+THREE = KEEPS[:3]
 TIMED = "1/9"  # whose time the tables of the guide have
 SMALL = ("norm", "divprune", "idpruner", "visionzip", "scope", "cdpruner", "fastv", "tome")
 #: Below it stand tables that are made.
 MARK = "<!-- python -m benchmarks.board --draw -->"
 SETS = {
     "full": (tuple(EXAMS), ("all", *(f"worst of={name}" for name in claims.ORDERED)), 300, KEEPS),
-    "small": (("pocket-llava",), SMALL, 50, KEEPS[:3]),
+    "small": (("pocket-llava",), SMALL, 50, THREE),
     "ci": (("pocket-llava",), ("norm", "divprune"), 20, ("1/9",)),
 }
 
@@ -90,9 +91,8 @@ def once(given: argparse.Namespace) -> int:
         model, _ = load_model("pocket-llava", request)
         about = runner.provenance(model, "pocket-llava")
         seconds(["dense"], ["1/9"], "warm.jsonl")
-        keeps = SETS["small"][3]
-        together, apart, said = seconds(methods, list(keeps), "all.jsonl"), np.zeros(4), {}
-        for number, (method, keep) in enumerate(runner.combinations(methods, keeps)):
+        together, apart, said = seconds(methods, list(THREE), "all.jsonl"), np.zeros(4), {}
+        for number, (method, keep) in enumerate(runner.combinations(methods, THREE)):
             apart += seconds([method.label], [keep], f"{number}.jsonl")
             for row in board.read(Path(folder) / f"{number}.jsonl")[1]:
                 said[row["method"], row["keep"], row["id"]] = row["prediction"]

@@ -5,10 +5,11 @@
     python -m benchmarks.selector --selector path/to/selector.safetensors
     python -m benchmarks.selector --questions 96 --worlds basic    # on a CPU, to see it run
 
-Test split, budgets 1/9 and 1/18. `selector-<gpu>.csv` has a row per world, kind of question ("all": their mean), method
-and budget: accuracy, and what the selector is better by, question by question, with 95 % intervals. `pair` has two
-pictures in a prompt, which the selector was never trained on. Methods that prune inside the language model (`fastv`,
-`pyramiddrop`, `sparsevlm`, `catp`) pay for layers with all tokens, which no method before it does.
+Test split, budgets 1/9 and 1/18. `selector-<gpu>.csv` has a row per world, kind of question ("all": their mean),
+method and budget: accuracy, and what the selector is better by, question by question, with 95 % intervals. World
+`pocketvqa` is the mean over those of PocketVQA, of which easy-VQA is none. `pair` has two pictures in a prompt, which
+the selector was never trained on. Methods that prune inside the language model (`fastv`, `pyramiddrop`, `sparsevlm`,
+`catp`) pay for layers with all tokens, which no method before it does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.answers import BATCH, RESULTS, ROWS, Answers, answer, batch_of, rows_file, write
+from benchmarks.answers import BATCH, RESULTS, ROWS, Answers, answer, batch_of, rows_file, together, write
 from benchmarks.papers import about, named
 from benchmarks.side_by_side import Job, default_workers, side_by_side
 from vtprune.eval import stats
@@ -36,13 +37,36 @@ FREE = (
     *("fastv", "pyramiddrop", "sparsevlm", "catp"),
 )
 SCORER = f"idpruner importance=scorer scorer={MODEL}"
+POOLED, OTHER_TASKS = "pocketvqa", ("easy-vqa",)
 
 
 def rows_of(answers: Answers, world: str, ours: str) -> list[dict[str, Any]]:
     """A row per kind of question, method and budget; differences are ours minus theirs."""
-    columns = [(*column, tokens) for column, tokens in zip(answers.combinations, answers.tokens, strict=True)]
     common = {"model": MODEL, "world": world}
-    return compared(answers.correct, answers.kinds, columns, ours, common, about(answers.header), "selector")
+    return compared(answers.correct, answers.kinds, _columns(answers), ours, common, about(answers.header), "selector")
+
+
+def pooled(found: Sequence[Answers], ours: str) -> list[dict[str, Any]]:
+    """A row per method and budget: the mean over worlds, an equal share each. Questions are drawn anew within world and
+    kind, each world by a seed of its own, and all methods see the same draws."""
+    columns = _columns(found[0])
+    means, drawn = np.zeros(len(columns)), np.zeros((stats.DRAWS, len(columns)))
+    tokens = np.zeros(len(columns))
+    for seed, answers in enumerate(found):
+        own = {column[:2]: number for number, column in enumerate(_columns(answers))}
+        order = [own[column[:2]] for column in columns]
+        right = answers.correct[:, order].astype(float)
+        means += stats.macro(right, answers.kinds) / len(found)
+        drawn += stats.bootstrap(right, answers.kinds, seed=seed) / len(found)
+        tokens += np.asarray(answers.tokens)[order] / len(found)
+    columns = [(*column[:2], float(count)) for column, count in zip(columns, tokens, strict=True)]
+    start = {"model": MODEL, "world": POOLED, "kind": "all"}
+    source = about(together([header for answers in found for header in answers.headers]))
+    return _lines(means, drawn, sum(len(answers.kinds) for answers in found), columns, ours, start, source, "selector")
+
+
+def _columns(answers: Answers) -> list[tuple[str, str, float]]:
+    return [(*column, tokens) for column, tokens in zip(answers.combinations, answers.tokens, strict=True)]
 
 
 def compared(
@@ -68,21 +92,40 @@ def compared(
     table = []
     names = np.asarray(kinds)
     found = list(dict.fromkeys(kinds))
-    at = {column[:2]: number for number, column in enumerate(columns)}
-    minus = (f"{name}_minus", "minus_low", "minus_high")
     for kind in ("all", *found) if len(found) > 1 else ("all",):
         taken = np.ones(len(names), bool) if kind == "all" else names == kind
         right, own = correct[taken].astype(float), names[taken].tolist()
         means, drawn = stats.macro(right, own), stats.bootstrap(right, own)
-        for m, (method, keep, tokens) in enumerate(columns):
-            row = {**common, "kind": kind, "method": method, "keep": keep, "tokens": f"{tokens:g}", "n": len(right)}
-            row |= named(("accuracy", "low", "high"), stats.interval(means[m], drawn[:, m]))
-            row |= dict.fromkeys(minus, "")
-            o = at.get((ours, keep), m)
-            if o != m:
-                row |= named(minus, stats.interval(means[o] - means[m], drawn[:, o] - drawn[:, m]))
-            table.append({**row, **source})
+        table += _lines(means, drawn, len(right), columns, ours, {**common, "kind": kind}, source, name)
     return table
+
+
+def _lines(
+    means: np.ndarray, drawn: np.ndarray, count: int, columns: Sequence[tuple[str, str, float]], ours: str,
+    start: dict[str, Any], source: dict[str, Any], name: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row per column, from the means over so many questions and those that were drawn; see `compared`."""
+    table = []
+    at = {column[:2]: number for number, column in enumerate(columns)}
+    minus = (f"{name}_minus", "minus_low", "minus_high")
+    for m, (method, keep, tokens) in enumerate(columns):
+        row = {**start, "method": method, "keep": keep, "tokens": f"{tokens:g}", "n": count}
+        row |= named(("accuracy", "low", "high"), stats.interval(means[m], drawn[:, m]))
+        row |= dict.fromkeys(minus, "")
+        o = at.get((ours, keep), m)
+        if o != m:
+            row |= named(minus, stats.interval(means[o] - means[m], drawn[:, o] - drawn[:, m]))
+        table.append({**row, **source})
+    return table
+
+
+def tabled(found: dict[str, Answers], selector: str) -> list[dict[str, Any]]:
+    """All rows of the answers to each world, the selector's file by its name alone."""
+    ours = f"selector weights={selector}"
+    table = [row for world, answers in found.items() for row in rows_of(answers, world, ours)]
+    several = [answers for world, answers in found.items() if world not in OTHER_TASKS]
+    table += pooled(several, ours) if len(several) > 1 else []
+    return [{**row, "method": row["method"].replace(selector, Path(selector).name)} for row in table]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,11 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     done = sum(1 for _ in side_by_side(answer, jobs, given.workers or default_workers(), 560))
     if done < len(jobs):
         return 1
-    table = []
-    for world in given.worlds:
-        table += rows_of(Answers([rows_file(job) for job in jobs if job["world"] == world]), world, ours)
+    files = {world: [rows_file(job) for job in jobs if job["world"] == world] for world in given.worlds}
+    table = tabled({world: Answers(own) for world, own in files.items()}, given.selector)
     for row in table:
-        row["method"] = row["method"].replace(given.selector, Path(given.selector).name)
         if row["kind"] == "all":
             print({key: row[key] for key in ("world", "method", "keep", "n", "accuracy", "low", "high",
                                              "selector_minus", "minus_low", "minus_high")})  # fmt: skip

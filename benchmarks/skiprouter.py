@@ -50,8 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     depth = model.config.text_config.num_hidden_layers
     torch.manual_seed(0)
     indifferent = Router(depth)
-    routers = {OURS: Router.load(given.router), "skip: untrained router": Router(depth), "skip: last rows": indifferent}
-    indifferent.second.data.zero_()
+    routers = {OURS: Router.load(given.router), "skip: untrained router": Router(depth)}
+    routers["skip: first rows"] = indifferent
+    indifferent.second.data.zero_()  # all scores are equal, so the lowest index wins
     source = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__,
         "transformers": transformers.__version__, "commit": given.commit or commit(),

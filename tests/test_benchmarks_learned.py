@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
 import torch
 
 from benchmarks.lora import MIB, WORDS, Saved, memory, pruned
-from benchmarks.selector import compared
+from benchmarks.selector import compared, tabled
+from benchmarks.tables import Answers
 
 
 def test_saved_memory_by_hand() -> None:
@@ -47,3 +51,36 @@ def test_differences_are_ours_minus_theirs_at_the_same_budget() -> None:
     assert found["all", "other", "1/9"]["ours_minus"] == pytest.approx(0.25)
     assert found["b", "other", "1/9"]["ours_minus"] == pytest.approx(0.5)
     assert found["all", "other", "1/18"]["ours_minus"] == "" and found["all", "ours", "1/9"]["ours_minus"] == ""
+
+
+def test_the_mean_over_worlds_gives_each_an_equal_share_and_leaves_other_tasks_out(tmp_path: Path) -> None:
+    """By hand: a has kinds x and y, b has kind z alone. Ours is right on 1/2 and 1 of a's kinds (3/4) and on 1/4 of
+    b's, the other on 1/2 and 0 (1/4) and on 3/4: means 1/2 and 1/2, differences 1/2 and -1/2, so none."""
+    ours, other = "selector weights=/x/mine.safetensors", "random"
+    right = {
+        "a": {"x": ((1, 1), (0, 0)), "y": ((1, 0), (1, 0))},
+        "b": {"z": ((1, 1), (0, 1), (0, 1), (0, 0))},
+        "easy-vqa": {"x": ((0, 1), (0, 1))},
+    }
+    found = {}
+    for world, kinds in right.items():
+        lines: list[dict[str, object]] = [
+            {"type": "run", "device": "none", "torch": "2", "transformers": "5", "commit": "c"}
+        ]
+        order = [(ours, 0), (other, 1)] if world == "a" else [(other, 1), (ours, 0)]
+        for kind, answers in kinds.items():
+            for number, both in enumerate(answers):
+                for method, at in order:
+                    row = {"type": "answer", "id": f"{world}/{kind}/{number}", "kind": kind, "method": method}
+                    row |= {"keep": "1/9", "correct": bool(both[at]), "tokens_out": 128 if world == "b" else 64}
+                    lines.append(row)
+        (tmp_path / f"{world}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        found[world] = Answers([tmp_path / f"{world}.jsonl"])
+    rows = {(r["world"], r["kind"], r["method"]): r for r in tabled(found, "/x/mine.safetensors")}
+    assert not any("/x" in method for _, _, method in rows)
+    pooled = rows["pocketvqa", "all", other]
+    assert (pooled["accuracy"], pooled["selector_minus"], pooled["n"], pooled["tokens"]) == (0.5, 0.0, 8, "96")
+    assert rows["pocketvqa", "all", "selector weights=mine.safetensors"]["accuracy"] == 0.5
+    # All of the doubt is of kind x (0 to 1 right alike, no difference) and of z, where ours lacks two of four answers.
+    assert pooled["minus_low"] == pytest.approx(0.5 * (0.5 - 1.0), abs=1e-9) and pooled["minus_high"] == 0.25
+    assert rows["a", "all", other]["selector_minus"] == 0.5 and ("easy-vqa", "all", other) in rows

@@ -13,7 +13,10 @@ never read (a draft stops as soon as it has seen what it was asked for, so ``lay
 what is ranked is then picked by the method, so that ``mmr_lambda=1`` is the paper's top-k.
 
 It pays where ``F_draft(n) < F(n) - F(k)``: what a draft costs over n rows must be less than what the target saves by
-running k of them (`break_even`). A draft that has a vision tower of its own pays for that, too.
+running k of them (`break_even`). A draft that has a vision tower of its own pays for that, too. A narrow draft of
+`pocket-llava` costs a tenth of what it saves, and ranks no better than methods that need none
+(``docs/neighbours-learned.md``). It may pay where the target is many times larger and a small model of its grid runs
+anyway.
 """
 
 from __future__ import annotations

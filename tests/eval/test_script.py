@@ -54,7 +54,7 @@ def test_the_board_of_ci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_encoding_once_is_compared_with_each_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board, "SMALL", ("norm",))
-    monkeypatch.setattr(board, "KEEPS", ("1/9",))
+    monkeypatch.setattr(board, "THREE", ("1/9",))
     assert board.main(["--once", "--questions", "2", "--device", "cpu", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("encode-once-*.csv")
     (line,) = csv.DictReader(file.open(encoding="utf-8"))

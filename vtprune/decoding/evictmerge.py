@@ -73,6 +73,10 @@ def evictmerge(
     prompt; the mean instead of the sum for G, since under a causal mask early tokens have more rows that see them;
     weights, threshold and window are ours.
 
+    It pays where answers are long or many and memory counts. What is asked after the eviction is answered worse than
+    under chance at 1/2, and better at 1/9; merging adds little to eviction (``docs/neighbours.md``, pocket
+    models). It may add more where the prompt ends in the question, or is thousands of tokens long.
+
     Example, one head, three visual tokens, G = [.5, .3, .2] and L = [.1, .1, .8] (divided already): s = [.5, .3, .8],
     and of two that may stay token 1 goes. Its key is [1, 0], those of 0 and 2 are [1, 1] and [0, 1]: cosines .71 and 0,
     so it is merged into token 0, whose key becomes (.5 [1, 1] + .3 [1, 0]) / .8 = [1, .625].

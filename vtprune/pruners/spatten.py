@@ -41,6 +41,10 @@ class SpAttenPruner(Pruner):
     Under a causal mask early tokens are seen by more queries, and the sum favours them; the paper's classifiers look
     both ways. ``queries="text"`` (ours) counts the question alone, which sees every token.
 
+    On the pocket models it lies far behind pruning in front of the language model, at more FLOPs
+    (``docs/neighbours.md``). It may pay in deep models, whose later layers then see few tokens, and where attention
+    maps are at hand anyway.
+
     Example, two layers, one head, a picture of three tokens a, b, c and one word w, causal. Layer 0 (rows are queries)
     a: [1], b: [.5 .5], c: [.2 .2 .6], w: [.1 .5 .1 .3]; s = [1.8, 1.2, .7]; of two that may stay after it c goes.
     Layer 1, without c, a: [1], b: [.1 .9], w: [.1 .6 .3]; s = [1.8 + 1.2, 1.2 + 1.5] = [3, 2.7]; of one that may stay

@@ -35,7 +35,9 @@ class TokenSparsePruner(Pruner):
       by then. Where some sat that one out, by how much it would have, had all taken part: their keys cost a projection.
     - The budget says how many take part; the same number at each of `layers`.
 
-    The FFN, most of a layer's work, is not saved: at equal FLOPs, pruning for good may keep fewer tokens.
+    The FFN, most of a layer's work, is not saved: at equal FLOPs, pruning for good may keep more tokens, and on the
+    pocket models it is better by that (``docs/neighbours.md``). It may pay for prompts so long that attention is most
+    of the work.
 
     Example, one layer, x = [1, 2, 3] for two visual tokens and a word, budget 1, attention of the word to them in the
     layer before .1 and .3: S holds the second token and the word, and with Attn(norm(x[S])) = [10, 20] x becomes
