@@ -11,9 +11,9 @@ import pytest
 import tiny
 import torch
 
+from benchmarks.answers import Answers
 from benchmarks.lora import MIB, WORDS, Saved, memory, pruned
 from benchmarks.selector import compared, tabled
-from benchmarks.tables import Answers
 
 
 def test_saved_memory_by_hand() -> None:

@@ -180,6 +180,7 @@ def board(method: str) -> str:
     body = [
         [model, code(label), *(cell(model, label, keep) for keep in budgets)]
         for model in dict.fromkeys(r["model"] for r in found)
+        if (model, method, budgets[0]) in by  # one that is trained serves the model that it was trained for
         for label in dict.fromkeys((method, "random", "downsample"))
     ]
     about = "Percent of the dense score, the mean over the model's tasks; [the board](../board.md) has all methods."
