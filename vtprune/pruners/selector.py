@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..budget import Budget
 from ..errors import ConfigError
-from ..kernels import select
+from ..kernels import reference, select
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 from . import common, weights
@@ -122,7 +122,7 @@ class Network(nn.Module):
     def flops(self, count: int, words: int) -> int:
         """Floating-point operations of one call with so many visual tokens and words, a product and a sum counted as
         two; norms, GELU and softmax left out, as in what a prefill is said to cost. Without the cosines by which rows
-        are picked: ``2 N^2 D`` as they are computed."""
+        are picked: ``N^2 D / 2``."""
         hidden, rows = self.start.shape[0], count + words + 1
         total = count * (self.width + PLACE + 1) * hidden + words * self.width * hidden
         for block in self.blocks:
@@ -222,12 +222,11 @@ class SelectorPruner(Pruner):
     is VisionSelector's (arXiv:2510.16598), whose scorer does not see the question (`IDPruner` has it); that the
     question should steer what is kept is the common ground of SparseVLM and CDPruner. Here one small transformer reads
     both (see `Network`), so that what is kept may differ from question to question, and a token's score may fall
-    because another one tells the same. The network costs less than 3 % of the prefill, reads nothing but what enters
-    the language model (so any encoder will do), and one training serves all budgets: the score does not know the
-    budget, and its training draws one anew for each batch. Unless ``mmr_lambda=1``, picks need the cosines of K picked
-    rows to all N, ``2 K N D``, with which it stays below 3 % from keep 1/9 down; the ops compute those of all pairs,
-    ``2 N^2 D``, in one product, and that is as much again as the network in a model as small as ``pocket-llava``
-    (4.6 % in all), and 0.03 % in one of 7 B.
+    because another one tells the same. It reads nothing but what enters the language model (so any encoder will do),
+    and one training serves all budgets: the score does not know the budget, and its training draws one anew for each
+    batch. Unless ``mmr_lambda=1``, picks are made by maximal marginal relevance among the better half of each pool (and
+    behind it by score), whose cosines cost ``N^2 D / 2``: with the network less than 3 % of the prefill even of
+    ``pocket-llava``.
 
     A selector belongs to one checkpoint, and is trained by `vtprune.training.selector` on prompts that the checkpoint
     answers; neither labels nor gradients of the checkpoint's weights are needed. ``pocket-llava`` ships with one.
@@ -283,8 +282,17 @@ class SelectorPruner(Pruner):
             return super().select(tokens, budget, stage)
         lens, counts = budget.pools(tokens)
         with common.exact(tokens):
-            picks = select.mmr(tokens.features, self.score(tokens), lens, counts, self.mmr_lambda, 1, minmax=True)
-        return Selection.from_picks(picks, tokens)
+            scores = reference.minmax(self.score(tokens), lens)
+            halves = tuple(-(-n // 2) for n in lens)
+            rows = reference.topk(scores, lens, halves).sort().values
+            few = tuple(map(min, counts, halves))
+            picks = select.mmr(tokens.features[rows], scores[rows], halves, few, self.mmr_lambda)
+            order = rows[picks.order]
+            if few != counts:  # behind its better half, each pool goes on by score alone
+                best = reference.topk(scores, lens, counts).split(counts)
+                parts = zip(order.split(few), best, few, strict=True)
+                order = torch.cat([part for own, ranked, k in parts for part in (own, ranked[k:])])
+        return Selection.from_picks(select.Picks(order, order.sort().values), tokens)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         network = self.network(tokens.checkpoint).to(tokens.device)
