@@ -45,6 +45,26 @@ def test_the_table_of_encoders_is_that_of_its_file() -> None:
         assert f"| {label} | {f'{block} ' if block else ''}| {' | '.join(cells)} |" in lines, label
 
 
+def test_tables_of_decoding_are_those_of_their_files() -> None:
+    import csv
+
+    lines = (ROOT / "docs/decoding.md").read_text(encoding="utf-8").splitlines()
+    with (ROOT / "benchmarks/results/vasparse-nvidia-h200.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        cells = [f"{float(row['false_yes']):.3f} ± {float(row['false_yes_pm']):.3f}" for row in mine]
+        cells += [f"{float(mine[0]['wrong_per_picture']):.2f}", f"{float(mine[0]['tokens_per_s']):.0f}"]
+        assert f"| `{method}` | {' | '.join(cells)} |" in lines, method
+    text = (ROOT / "docs/inside.md").read_text(encoding="utf-8")
+    with (ROOT / "benchmarks/results/corematching-answers-h200.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            cells = [f"{float(row['accuracy']):.3f} ± {float(row['plus_minus']):.3f}"]
+            cells += [f"{float(row[key]):.3f}" for key in ("one_token", "several_tokens")]
+            cells += [f"{float(row[key]):.2f}" for key in ("decode_flops", "token_ms")]
+            assert f"| {' | '.join(cells)} |" in text, row["variant"]
+
+
 def test_the_table_of_clips_is_that_of_its_file() -> None:
     import csv
 
