@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out or Path(__file__).parent / "results" / f"two-gpus-{where.lower().replace(' ', '-')}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {
-        "devices": f"{torch.cuda.device_count()} x {where}" if torch.cuda.is_available() else "cpu",
+        "devices": f"{len(set(given.devices))} x {where}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": given.commit or commit(),

@@ -184,7 +184,7 @@ def board(method: str) -> str:
         for label in dict.fromkeys((method, "random", "downsample"))
     ]
     about = "Percent of the dense score, the mean over the model's tasks; [the board](../board.md) has all methods."
-    return f"{markdown(['model', '', *budgets], body)}\n\n{about} From `benchmarks/results/{name}`: one NVIDIA H200."
+    return f"{markdown(['model', '', *budgets], body)}\n\n{about} From `benchmarks/results/{name}`: NVIDIA H200."
 
 
 #: What `<!-- table: NAME -->` in a page becomes.

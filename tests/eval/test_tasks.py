@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import vtprune
 from vtprune.errors import ConfigError
-from vtprune.eval import tasks
+from vtprune.eval import runner, tasks
 from vtprune.eval.tasks import Example, Task
 from vtprune.models.pocket import easyvqa
 
@@ -68,8 +71,17 @@ def test_easyvqa(monkeypatch: pytest.MonkeyPatch) -> None:
         "easy-vqa/test/2": ("shape", "circle", 200),
         "easy-vqa/test/3": ("shape", "triangle", 10),
     }
+    assert {e.parts("image")[0]["image"].size for e in examples} == {(336, 336)}
     orders = {tuple(e.id for e in tasks.get("easy-vqa").examples("test", 4, seed)) for seed in range(5)}
     assert len(orders) > 1
+
+
+@pytest.mark.parametrize("name", ["pocket-llava", "pocket-qwen2.5-vl"])
+def test_easyvqa_is_answered_as_the_cards_say(name: str, tmp_path: Path) -> None:
+    """At 64 pixels a processor that keeps sizes gave Qwen four tokens, and half of the answers."""
+    model, processor = vtprune.load(name, dtype=torch.float32)
+    rows = runner.run(model, processor, ["easy-vqa"], ["dense"], ["1"], tmp_path / "rows.jsonl", split="test", count=9)
+    assert sum(row["correct"] for row in rows) >= 8 and all(row["tokens_in"] >= 144 for row in rows)
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:

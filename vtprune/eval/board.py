@@ -219,12 +219,16 @@ def _plan(folder: Path) -> Row:
 
 
 def costs_of(folders: Sequence[str | Path]) -> dict[tuple[str, str, str, str], Row]:
-    """Costs by model, task, method and budget: the last of a board, whose times are of one run; of boards the first."""
+    """Costs by model, task, method and budget. All of a task are of one board, the first that has some, and there of
+    the last run: times of two runs say nothing beside each other."""
     found: dict[tuple[str, str, str, str], Row] = {}
-    for folder in reversed([*map(Path, folders)]):
+    for folder in map(Path, folders):
+        own: dict[tuple[str, str, str, str], Row] = {}
         for file in sorted(folder.glob("costs/*.jsonl")):
             headers, rows = read(file)
-            found |= {(headers[0]["model"], row["task"], row["method"], row["keep"]): row for row in rows}
+            own |= {(headers[0]["model"], row["task"], row["method"], row["keep"]): row for row in rows}
+        there = {key[:2] for key in found}
+        found |= {key: row for key, row in own.items() if key[:2] not in there}
     return found
 
 

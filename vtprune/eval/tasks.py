@@ -230,7 +230,8 @@ def _pocketvqa(world: str, kinds: tuple[str, ...]) -> Task:
 
 
 def _easyvqa(split: str, count: int, seed: int) -> Iterator[Example]:
-    """A random sample of the questions; several may be about one picture."""
+    """A random sample of the questions, on enlarged pictures; several may be about one picture."""
+    from ..models.pocket.data import SIDE
     from ..models.pocket.easyvqa import load
 
     data = load(split)
@@ -239,7 +240,9 @@ def _easyvqa(split: str, count: int, seed: int) -> Iterator[Example]:
     for index in order[:count]:
         number, text, answer = data.questions[index]
         kind = "yes or no" if answer in ("yes", "no") else "color" if "color" in text else "shape"
-        shown = {"type": "image", "image": Image.fromarray(data.pictures[number])}
+        # 64 pixels are four patches to a processor that keeps sizes; the pocket models learnt them at this one.
+        picture = Image.fromarray(data.pictures[number]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        shown = {"type": "image", "image": picture}
         message = user(shown, {"type": "text", "text": text})
         yield Example("easy-vqa", f"easy-vqa/{split}/{index}", kind, (message,), answer)
 
