@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import vtprune
 from vtprune.errors import ConfigError, UnsupportedModelError
 
-from .choices import keeps
+from .choices import keeps, selector
 
 FAMILIES = (*tiny.FAMILIES, *tiny.MORE)
-METHODS = tuple(name for name in vtprune.methods() if not name.startswith("test-") and name != "selector")
+METHODS = tuple(name for name in vtprune.methods() if not name.startswith("test-"))
 #: Pictures in the words of `tiny`; small, so that eight of them are a short prompt.
 SIZES: dict[str, tuple[tiny.Image, ...]] = {
     "llava": (tiny.Image(56, 56),),
@@ -132,6 +132,8 @@ def _settings(case: Case) -> dict[str, Any]:
             "checkpoint": "tiny", "vocabulary": tiny.VOCABULARY, "width": 32, "anchors": anchors,
             "excluded": (tiny.PAD, tiny.IMAGE, tiny.VIDEO),
         }  # fmt: skip
+    if "selector" in names:
+        given["weights"] = selector(32)
     return {"method": case.method, "allocation": case.allocation, **given}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from . import __main__ as fuzz
 from . import choices, prompts, readers
 
 slow_to_draw = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
@@ -28,3 +30,25 @@ def test_prompts(case: prompts.Case) -> None:
 @given(readers.cases())
 def test_readers(case: readers.Case) -> None:
     readers.check(case)
+
+
+def test_what_makes_a_failure_small_is_no_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def check(case: int) -> None:
+        seen.append(case)
+        assert case < 1000
+
+    monkeypatch.setitem(fuzz.KINDS, "numbers", (lambda: st.integers(0, 10**6), check, 50, 1.0))
+    row = fuzz.chunk("numbers", 3, 50)
+    first = next(i for i, case in enumerate(seen) if case >= 1000)
+    assert row["failure"] and len(seen) > first + 1
+    assert row["cases"] == first + 1 and row["outcomes"].get("ran", 0) == first and row["outcomes"]["failed"] == 1
+    monkeypatch.setitem(fuzz.KINDS, "numbers", (lambda: st.integers(0, 999), check, 50, 1.0))
+    row = fuzz.chunk("numbers", 3, 50)
+    assert row["cases"] == 50 and row["failure"] is None and "outcomes" not in row
+
+
+def test_no_method_is_left_out() -> None:
+    assert {"selector", "spatten", "tokensparse", "norm"} <= set(prompts.METHODS)
+    assert "selector" in choices.METHODS
