@@ -7,6 +7,7 @@ import ast
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vtprune
 from vtprune.errors import ConfigError, VTPruneError
@@ -104,6 +105,21 @@ def test_models_are_loaded_without_remote_code(tmp_path: Path) -> None:
         vtprune.load(tmp_path)
     assert not (tmp_path / "ran").exists()
     assert "brings code of its own, which is not run here" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_checkpoint_of_pickled_weights_is_refused(tmp_path: Path, beside: bool) -> None:
+    source = loading.EMBEDDED / "pocket-llava"
+    for file in source.glob("*.json*"):
+        shutil.copy(file, tmp_path)
+    torch.save(load_file(source / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    if beside:  # safetensors that are not the model's
+        shutil.copy(source / "scorer.safetensors", tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        vtprune.load(tmp_path)
+    said = str(caught.value)
+    assert said.startswith(f"cannot load {tmp_path}: it has no weights as safetensors") and "convert it" in said
+    assert "\n" not in said
 
 
 @pytest.fixture
