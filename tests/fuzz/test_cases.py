@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -52,3 +53,22 @@ def test_what_makes_a_failure_small_is_no_case(monkeypatch: pytest.MonkeyPatch) 
 def test_no_method_is_left_out() -> None:
     assert {"selector", "spatten", "tokensparse", "norm"} <= set(prompts.METHODS)
     assert "selector" in choices.METHODS
+
+
+def test_a_picture_without_tokens_beside_one_that_loses_some() -> None:
+    pictures = (choices.Picture("image", (0, 0), (1, 1)),), (choices.Picture("anyres", (1, 1), (1, 1)),)
+    choices.check(
+        choices.Case(
+            "embedlens", {"mode": "drop"}, 1.0, "per_image", "auto", pictures, 1, torch.float32, "random", False, 0,
+            None, 0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl"])
+def test_what_sits_out_is_held_to_its_own_reference(family: str) -> None:
+    samples = ((1, prompts.SIZES[family][1], 0, 2), (2, prompts.SIZES[family][0], 1))
+    case = prompts.Case(
+        family, torch.float32, "tokensparse", 0.5, "original", "per_image", "auto", samples, "left", True, 0, None, 0
+    )
+    assert prompts.check(case) == "ran"
