@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -192,3 +193,17 @@ def test_the_bill_of_materials_names_what_is_installed(tmp_path: Path) -> None:
     assert parts["torch"]["bom-ref"] in refs[own]
     assert all(ref in refs for needs in refs.values() for ref in needs)
     assert re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", bill["serialNumber"])
+
+
+@pytest.mark.parametrize(
+    "arguments, seconds", [(["no/such/python"], "9"), ([sys.executable, "", "more"], "9"), ([sys.executable], "soon")]
+)
+def test_a_wrong_call_of_the_audit_leaves_the_last_report(tmp_path: Path, arguments: list[str], seconds: str) -> None:
+    report = tmp_path / "audit.json"
+    report.write_text("{}")
+    call = ["bash", str(ROOT / ".ci" / "audit"), arguments[0], str(report), *arguments[2:]]
+    done = subprocess.run(
+        call, capture_output=True, text=True, check=False, env={**os.environ, "AUDIT_SECONDS": seconds}
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("audit: no report; usage: ")
+    assert report.read_text() == "{}"
