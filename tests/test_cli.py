@@ -267,6 +267,26 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"vtprune {vtprune.__version__}\n"
 
 
+def test_no_arguments_print_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    alone = capsys.readouterr()
+    assert alone.err == "" and "doctor" in alone.out and "--version" in alone.out
+    monkeypatch.setattr(sys, "argv", ["vtprune"])
+    assert cli.main() == 0
+    assert "doctor" in capsys.readouterr().out
+    line = next(line for line in alone.out.splitlines() if "--version" in line)
+    assert "bool" not in line.lower() and "Print the version" in line
+
+
+@pytest.mark.parametrize("command", cli.EXAMPLES)
+def test_a_missing_argument_is_told_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: Missing argument") and printed.err.count("\n") == 1
+    assert f"For example: vtprune {command} " in printed.err
+    assert cli.main([command, "--no-such-flag"]) == 2 and "For example" not in capsys.readouterr().err
+
+
 def test_python_dash_m() -> None:
     done = subprocess.run([sys.executable, "-m", "vtprune", "ask"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""

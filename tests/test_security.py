@@ -6,7 +6,9 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vtprune
 from vtprune.errors import ConfigError, VTPruneError
@@ -106,6 +108,21 @@ def test_models_are_loaded_without_remote_code(tmp_path: Path) -> None:
     assert "brings code of its own, which is not run here" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_checkpoint_of_pickled_weights_is_refused(tmp_path: Path, beside: bool) -> None:
+    source = loading.EMBEDDED / "pocket-llava"
+    for file in source.glob("*.json*"):
+        shutil.copy(file, tmp_path)
+    torch.save(load_file(source / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    if beside:  # safetensors that are not the model's
+        shutil.copy(source / "scorer.safetensors", tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        vtprune.load(tmp_path)
+    said = str(caught.value)
+    assert said.startswith(f"cannot load {tmp_path}: it has no weights as safetensors") and "convert it" in said
+    assert "\n" not in said
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     path = tmp_path / "scorer.safetensors"
@@ -176,3 +193,17 @@ def test_the_bill_of_materials_names_what_is_installed(tmp_path: Path) -> None:
     assert parts["torch"]["bom-ref"] in refs[own]
     assert all(ref in refs for needs in refs.values() for ref in needs)
     assert re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", bill["serialNumber"])
+
+
+@pytest.mark.parametrize(
+    "arguments, seconds", [(["no/such/python"], "9"), ([sys.executable, "", "more"], "9"), ([sys.executable], "soon")]
+)
+def test_a_wrong_call_of_the_audit_leaves_the_last_report(tmp_path: Path, arguments: list[str], seconds: str) -> None:
+    report = tmp_path / "audit.json"
+    report.write_text("{}")
+    call = ["bash", str(ROOT / ".ci" / "audit"), arguments[0], str(report), *arguments[2:]]
+    done = subprocess.run(
+        call, capture_output=True, text=True, check=False, env={**os.environ, "AUDIT_SECONDS": seconds}
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("audit: no report; usage: ")
+    assert report.read_text() == "{}"

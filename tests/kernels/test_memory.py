@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import subprocess
 import sys
 import warnings
 import weakref
@@ -20,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vtprune
-from vtprune.errors import ConfigError, VTPruneWarning
+from vtprune.errors import ConfigError, InputError, VTPruneWarning
 from vtprune.kernels import dispatch, memory, reference, select
 from vtprune.pruners import zoo
 from vtprune.tokens import PRE_PROJECTOR
@@ -237,15 +239,61 @@ def test_a_kernel_that_does_not_compile_is_done_in_pytorch(broken_compiler: list
         run(x, backend="triton")
 
 
-def test_other_errors_of_an_op_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("PassManager::run failed"),
+        RuntimeError("failed to translate module to LLVM IR"),
+        RuntimeError("`ptxas` failed with error code 255"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        OSError(errno.ENOSPC, "No space left on device"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "gcc"),
+    ],
+    ids=str,
+)
+def test_whatever_keeps_a_kernel_from_being_made(
+    error: Exception, broken_compiler: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dispatch.forgiving
+    def op(x: Tensor) -> str:
+        if dispatch.resolve("auto", x) == "triton":
+            raise error
+        return "slow"
+
+    x: Any = Elsewhere()
+    found, said = told(lambda: [op(x), op(x)])
+    assert found == ["slow", "slow"] and len(said) == 1
+    assert f"a kernel failed ({type(error).__name__}: " in said[0] and "plain PyTorch" in said[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError(),
+        ValueError("LLVM"),
+        ConfigError("keep=0 with LLVM"),
+        InputError("PassManager"),
+        torch.OutOfMemoryError("CUDA out of memory while LLVM"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: device-side assert triggered\nCompile with LLVM"),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        NotImplementedError("ptxas"),
+    ],
+    ids=repr,
+)
+def test_other_errors_of_an_op_come_out(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
     @dispatch.forgiving
     def op() -> None:
-        raise ZeroDivisionError
+        calls.append(1)
+        raise error
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)) as caught:
         op()
-    assert dispatch._failed == ""
+    assert caught.value is error and calls == [1] and dispatch._failed == ""
 
 
 def test_without_triton_pytorch_runs_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

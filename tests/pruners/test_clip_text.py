@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -123,6 +124,9 @@ def test_from_a_folder(tmp_path: Path) -> None:
     config = {"embed_dim": 12, "vision_cfg": {"width": width, **EYES}, "text_cfg": EARS}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.save(clip.clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(ConfigError, match=f"{tmp_path} has no weights as safetensors.*convert them"):
+        ClipText.load(tmp_path, Words())
+    save_file(clip.clip.state_dict(), tmp_path / "open_clip_model.safetensors")
     loaded = ClipText.load(tmp_path, Words())
     assert torch.equal(*(one._embed("a red circle", torch.device("cpu")) for one in (loaded, clip)))
     with pytest.raises(ConfigError, match=r"has no open_clip_config\.json"):

@@ -28,7 +28,6 @@ app = typer.Typer(
     name="vtprune",
     help="Prune the visual tokens of vision-language models.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -69,12 +70,28 @@ def forgiving(op: Callable[P, T]) -> Callable[P, T]:
         try:
             return op(*args, **kwargs)
         except Exception as error:
-            if interpreted() or not type(error).__module__.startswith("triton"):
+            if interpreted() or not _of_compiler(error):
                 raise
             _failed = _failed or f"a kernel failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
         return op(*args, **kwargs)
 
     return run
+
+
+#: What plain RuntimeErrors say that come from Triton's passes, LLVM, ptxas, or the search for a C compiler.
+_COMPILERS = ("passmanager", "failed to translate", "ptxas", "llvm", "c compiler")
+
+
+def _of_compiler(error: Exception) -> bool:
+    """Whether an op's error is about making its kernel: Triton's own, a C compiler's, of the cache on the disk.
+
+    What the device says of a kernel that runs is not: lack of memory, assertions, wrong addresses."""
+    if type(error) is RuntimeError:
+        said = str(error).lower()
+        device = "cuda error" in said or "out of memory" in said
+        return not device and any(word in said for word in _COMPILERS)
+    own = type(error).__module__.partition(".")[0] == "triton"
+    return own or isinstance(error, subprocess.CalledProcessError | OSError)
 
 
 def interpreted() -> bool:

@@ -48,7 +48,7 @@ def load(
     ----------
     name
         An embedded model (``"pocket-llava"``), whose weights are checked against their SHA-256; a folder with a
-        transformers checkpoint, which is not checked; or a hub name.
+        transformers checkpoint, which is not checked; or a hub name. Weights are read from safetensors only.
     device
         Where to put the model; default the GPU if there is one, else the CPU. ``"auto"`` spreads it over all GPUs, as
         ``device_map="auto"`` of transformers does.
@@ -101,7 +101,7 @@ def load(
                 f"{name} is a {config.model_type!r} model without vision; give a vision-language checkpoint"
             )
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, **spread, output_loading_info=True, trust_remote_code=False
+            path, dtype=dtype, **spread, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except UnsupportedModelError:
@@ -110,6 +110,9 @@ def load(
         # transformers, safetensors, the hub client and json each raise their own kinds for a bad checkpoint.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "" if local else nearest(str(name), embedded_models()) or f"; embedded: {', '.join(embedded_models())}"
+        if "use_safetensors" in str(error) or "no file named model.safetensors" in str(error):
+            reason = "it has no weights as safetensors, and pickled ones (*.bin) are not read"
+            hint = "; convert it to safetensors: load it with transformers where you trust it, and use save_pretrained"
         if "custom code" in reason:
             reason = "it brings code of its own, which is not run here"
             hint = "; if you trust it, load it with transformers, and give the model to vtprune.apply"

@@ -63,12 +63,12 @@ class ClipText:
 
     @classmethod
     def load(cls, folder: str | Path, processor: Any, negative: bool = False) -> ClipText:
-        """From a folder that open_clip can read (``open_clip_config.json`` and weights).
+        """From a folder that open_clip can read (``open_clip_config.json`` and weights as safetensors).
 
         Raises
         ------
         ConfigError
-            open_clip is not installed, or there is no such folder.
+            open_clip is not installed, there is no such folder, or it has no safetensors.
         """
         try:
             import open_clip
@@ -76,6 +76,11 @@ class ClipText:
             raise ConfigError("importance='clip-text' needs open_clip: pip install 'vtprune[encoders]'") from None
         if not (Path(folder) / "open_clip_config.json").is_file():
             raise ConfigError(f"{folder} has no open_clip_config.json; give the folder of an open_clip checkpoint")
+        if not any(Path(folder).glob("*.safetensors")):  # where there are some, open_clip takes them before others
+            raise ConfigError(
+                f"{folder} has no weights as safetensors, and pickled ones (*.bin, *.pt) are not read; convert them: "
+                "safetensors.torch.save_file(state_dict, 'open_clip_model.safetensors')"
+            )
         name = f"local-dir:{folder}"
         return cls(open_clip.create_model(name), open_clip.get_tokenizer(name), processor, negative)
 
