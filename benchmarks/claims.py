@@ -33,7 +33,7 @@ CHEAP = ("random", "grid", "pool", "downsample")
 #: Methods that order all tokens, and so have a worst end.
 ORDERED = (
     *("norm", "scope", "divprune", "cdpruner", "zoo", "globalcom2", "idpruner", "embedlens"),
-    *("vidcom2", "evs"),
+    *("vidcom2", "evs", "selector"),
 )
 
 
