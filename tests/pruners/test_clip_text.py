@@ -124,11 +124,18 @@ def test_from_a_folder(tmp_path: Path) -> None:
     config = {"embed_dim": 12, "vision_cfg": {"width": width, **EYES}, "text_cfg": EARS}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.save(clip.clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    with pytest.raises(ConfigError, match=f"{tmp_path} has no weights as safetensors.*convert them"):
+    for also in ("scorer.safetensors", "model.safetensors"):  # open_clip would take the pickle before either
+        with pytest.raises(ConfigError, match=rf"{tmp_path} has no open_clip_model\.safetensors.*convert them"):
+            ClipText.load(tmp_path, Words())
+        save_file(clip.clip.state_dict(), tmp_path / also)
+    with pytest.raises(ConfigError, match="pickled weights are not read"):
         ClipText.load(tmp_path, Words())
     save_file(clip.clip.state_dict(), tmp_path / "open_clip_model.safetensors")
     loaded = ClipText.load(tmp_path, Words())
     assert torch.equal(*(one._embed("a red circle", torch.device("cpu")) for one in (loaded, clip)))
+    for file in ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", "scorer.safetensors"):
+        (tmp_path / file).unlink()
+    ClipText.load(tmp_path, Words())  # model.safetensors alone
     with pytest.raises(ConfigError, match=r"has no open_clip_config\.json"):
         ClipText.load(tmp_path / "nowhere", Words())
 

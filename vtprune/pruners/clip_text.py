@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from ..errors import ConfigError, InputError
 from ..tokens import PRE_PROJECTOR, VisualTokens
 
+#: Weights that open_clip takes before any others in a folder; other safetensors come behind some pickles.
+_FIRST = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+
 
 class ClipText:
     """Cosine between a token's encoder row, in CLIP's joint space, and the question.
@@ -68,7 +71,7 @@ class ClipText:
         Raises
         ------
         ConfigError
-            open_clip is not installed, there is no such folder, or it has no safetensors.
+            open_clip is not installed, there is no such folder, or open_clip would unpickle its weights.
         """
         try:
             import open_clip
@@ -76,10 +79,12 @@ class ClipText:
             raise ConfigError("importance='clip-text' needs open_clip: pip install 'vtprune[encoders]'") from None
         if not (Path(folder) / "open_clip_config.json").is_file():
             raise ConfigError(f"{folder} has no open_clip_config.json; give the folder of an open_clip checkpoint")
-        if not any(Path(folder).glob("*.safetensors")):  # where there are some, open_clip takes them before others
+        first = any((Path(folder) / file).is_file() for file in _FIRST)
+        pickled = any(any(Path(folder).glob(pattern)) for pattern in ("*.bin", "*.pth"))
+        if not first and (pickled or not any(Path(folder).glob("*.safetensors"))):
             raise ConfigError(
-                f"{folder} has no weights as safetensors, and pickled ones (*.bin, *.pt) are not read; convert them: "
-                "safetensors.torch.save_file(state_dict, 'open_clip_model.safetensors')"
+                f"{folder} has no {_FIRST[0]}, and pickled weights are not read; convert them once: "
+                f"safetensors.torch.save_file(clip.state_dict(), {_FIRST[0]!r})"
             )
         name = f"local-dir:{folder}"
         return cls(open_clip.create_model(name), open_clip.get_tokenizer(name), processor, negative)
