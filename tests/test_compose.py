@@ -170,8 +170,8 @@ def test_a_method_that_finds_its_own_count_may_leave_less_than_the_budget() -> N
 
 
 def test_each_keeps_its_own_share_before_a_method_that_counts_in_another_way() -> None:
-    """Of 100 tokens divprune leaves 80, and catp, down to 40 in the end, 70 of those at the projector."""
-    tokens = make_tokens([[[(10, 10)]]])
+    """Of 100 tokens a picture divprune leaves 80, and catp, down to 40 in the end, 70 of those at the projector."""
+    tokens = make_tokens([[[(10, 10)], [(10, 10)]]])
     pair = compose(["divprune", "catp"], (0.8, 0.5), {})
     seen: list[int] = []
     original = type(pair.members[1]).select
@@ -183,7 +183,7 @@ def test_each_keeps_its_own_share_before_a_method_that_counts_in_another_way() -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(pair.members[1]), "select", select)
         chosen = pair.select(tokens, pair.stage_budget(Budget(0.4), PROJECTOR))
-    assert seen == [80] and len(chosen) == 70
+    assert seen == [160] and len(chosen) == 140
 
 
 def test_a_method_that_only_looks_does_not_stop_the_one_before_it() -> None:
@@ -207,7 +207,7 @@ def test_a_method_that_only_looks_does_not_stop_the_one_before_it() -> None:
     [
         (["pyramiddrop", "visual-exit"], {7: 79, 15: 62, 23: 50}),  # 100 * .5 ** (1/3), and so on
         (["sparsevlm", "visual-exit"], {1: 79, 5: 62, 14: 50}),
-        (["catp", "visual-exit"], {None: 75, 7: 50}),
+        (["catp", "visual-exit"], {None: 50, 7: 50}),  # no demonstrations: the first step takes all
     ],
 )
 def test_steps_of_a_method_lead_to_its_own_share(names: list[str], left: dict[int | None, int]) -> None:
@@ -217,6 +217,12 @@ def test_steps_of_a_method_lead_to_its_own_share(names: list[str], left: dict[in
         tokens = replace(make_tokens([[[(10, 10)]]]), ctx={"image_lens": (100,)})
         assert pair.stage_budget(Budget(0.25), Stage(layer)).pools(tokens).counts == (count,)
         assert pair.stage_budget(Budget(25), Stage(layer)).pools(tokens).counts == (count,)
+
+
+def test_half_of_a_step_of_catp_is_taken_where_there_are_demonstrations() -> None:
+    tokens = replace(make_tokens([[[(10, 10)], [(10, 10)]]]), ctx={"image_lens": (100, 100)})
+    pair = compose(["catp", "visual-exit"], (), {})
+    assert pair.stage_budget(Budget(0.25), PROJECTOR).pools(tokens).counts == (75, 75)
 
 
 def test_demonstrations_share_what_a_step_leaves() -> None:
