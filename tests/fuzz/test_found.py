@@ -48,7 +48,7 @@ def test_embedlens_sees_models_in_double_precision() -> None:
 def test_what_says_that_it_orders_does(method: str) -> None:
     """`worst` of a lattice, which has no order, was refused in the middle of a forward."""
     cls = vtprune.methods()[method]
-    if method not in ("embedlens", "zoo") and not cls.adaptive:
+    if method not in ("embedlens", "selector", "zoo") and not cls.adaptive:  # these need more than rows
         found = vtprune.select(make_tokens([[[(4, 6)]]], cls_row=True), method, keep=0.5)
         assert (found.order is not None) == cls().ordered
     if not cls().ordered:
