@@ -115,6 +115,29 @@ def test_two_calls_agree_and_nothing_waits_for_the_device(method: str) -> None:
     assert first.features is None or torch.equal(first.features, second.features)
 
 
+@pytest.mark.parametrize("method", ["scope", "vispruner", "prumerge+", "tome"])
+def test_how_many_pools_step_together_changes_no_bit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = make_tokens([[[(5, 5), (4, 6), (5, 5)]], [[(5, 5)], [(4, 6), (1, 2)]]], cls_row=True)
+    rows = tokens.features.clone()
+    rows[3:9], rows[30:34] = rows[50], torch.nan
+    tokens = replace(tokens, features=rows)
+    for budget in (Budget(0.5), Budget(6)):
+        found = []
+        for most in (1, 1300, 1 << 20):  # one by one, two, all
+            monkeypatch.setitem(reference.TOGETHER, "cpu", most)
+            found.append(build(method, {}).select(tokens, budget))
+        for other in found[1:]:
+            assert kept(found[0]) == kept(other)
+            if found[0].features is not None and other.features is not None:
+                assert torch.equal(found[0].features.nan_to_num(7.0), other.features.nan_to_num(7.0))
+
+
+def test_pools_step_together_with_those_of_their_size() -> None:
+    pools = reference.pools_of(torch.zeros(33, 1), (4, 9, 4, 0, 9, 4, 3), (1, 2, 3, 0, 2, 1, 1))
+    assert list(reference.alike(pools)) == [[0, 2, 4], [1, 3], [5]]
+    assert list(reference.alike(pools, same_count=True)) == [[0, 4], [1, 3], [2], [5]]
+
+
 @each
 @pytest.mark.parametrize("samples", [[], [[], []], [[[(0, 0)]]], [[[(3, 3), (0, 4), (2, 2), (1, 1)]]]], ids=str)
 def test_empty_samples_and_segments_and_single_tokens(method: str, samples: Any) -> None:

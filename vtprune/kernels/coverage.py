@@ -40,23 +40,34 @@ def coverage(features: Tensor, weight: Tensor, lens: Sequence[int], counts: Sequ
         return features.new_empty(0, dtype=torch.int64)
     picks = torch.zeros(len(pools.counts), max(pools.counts), dtype=torch.int64, device=features.device)
     with torch.autocast(features.device.type, enabled=False):
-        # Pool by pool: a sum over another shape would round differently than the same pool alone.
-        for p, (start, n, k) in enumerate(zip(pools.starts, pools.lens, pools.counts, strict=True)):
-            rows, sound = reference.unit_rows(features, start, n)
-            mine = weight[start : start + n].detach().float()
-            broken = ~(sound & mine.isfinite())
-            rows.masked_fill_(broken[:, None], 0.0)
-            mine = mine.masked_fill(broken, 0.0)
-            gram = reference.products(rows, rows)
-            covered = gram.new_zeros(n)
-            # Rows that gain nothing score below all others, broken ones below those, picked ones below these.
-            idle = mine / (1 + mine) - 1
-            limit = torch.full_like(mine, torch.inf).masked_fill_(broken, -2.0)
-            for step in range(k):
-                gain = (gram - covered).clamp_(min=0).sum(1, dtype=reference.wide(rows)).float()
-                score = torch.minimum(torch.where(gain > COVERED * n, gain * mine, idle), limit)
-                pick = score.argmax(0, keepdim=True)  # the first of equal ones
-                picks[p, step : step + 1] = pick
-                limit.index_fill_(0, pick, -torch.inf)
-                covered = torch.maximum(covered, gram[pick].squeeze(0))
+        for group in reference.alike(pools):
+            most = max(pools.counts[p] for p in group)
+            chosen = _steps(features, weight, [pools.starts[p] for p in group], pools.lens[group[0]], most)
+            picks[:, :most].index_copy_(0, reference.ints(group, features.device), chosen)
     return reference.flat_rows(picks, pools)
+
+
+def _steps(features: Tensor, weight: Tensor, starts: list[int], n: int, most: int) -> Tensor:
+    """Picks ``[G, most]`` of G pools of `n` rows. A pool that keeps fewer takes the first."""
+    like, mine, broken = [], [], []
+    for start in starts:
+        rows, sound = reference.unit_rows(features, start, n)
+        mine.append(weight[start : start + n].detach().float())
+        broken.append(~(sound & mine[-1].isfinite()))
+        rows.masked_fill_(broken[-1][:, None], 0.0)
+        like.append(reference.products(rows, rows))
+    grams, worst = torch.stack(like), torch.stack(broken)
+    weights = torch.stack(mine).masked_fill_(worst, 0.0)
+    covered = torch.zeros_like(weights)
+    # Rows that gain nothing score below all others, broken ones below those, picked ones below these.
+    idle = weights / (1 + weights) - 1
+    limit = torch.full_like(weights, torch.inf).masked_fill_(worst, -2.0)
+    picks = torch.zeros(len(starts), most, dtype=torch.int64, device=features.device)
+    for step in range(most):
+        gain = (grams - covered[:, None]).clamp_(min=0).sum(2, dtype=reference.wide(grams)).float()
+        score = torch.minimum(torch.where(gain > COVERED * n, gain * weights, idle), limit)
+        pick = score.argmax(1, keepdim=True)  # the first of equal ones
+        picks[:, step : step + 1] = pick
+        limit.scatter_(1, pick, -torch.inf)
+        covered = torch.maximum(covered, grams.gather(1, pick[..., None].expand(-1, 1, n)).squeeze(1))
+    return picks

@@ -50,11 +50,9 @@ def facility(
     picks = torch.zeros(len(pools.counts), max(pools.counts), dtype=torch.int64, device=features.device)
     worth = torch.zeros(picks.shape, device=features.device)
     with torch.autocast(features.device.type, enabled=False):
-        # Pools of one size step together. Others do not join them: a sum over another shape rounds differently.
-        for n in dict.fromkeys(pools.lens):
-            group = [p for p, size in enumerate(pools.lens) if size == n]
+        for group in reference.alike(pools):
             most = max(pools.counts[p] for p in group)
-            chosen, gained = _steps(features, bonus, [pools.starts[p] for p in group], n, most)
+            chosen, gained = _steps(features, bonus, [pools.starts[p] for p in group], pools.lens[group[0]], most)
             at = reference.ints(group, features.device)
             picks[:, :most].index_copy_(0, at, chosen)
             worth[:, :most].index_copy_(0, at, gained)

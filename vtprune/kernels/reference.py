@@ -13,7 +13,7 @@ picked. So picks do not depend on the device, nor on ``torch.set_float32_matmul_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -27,6 +27,11 @@ from .memory import spare
 GRAM_ROWS = 4096
 #: How many rows meet all others at a time: fp64 need not be held for all pairs at once.
 BLOCK_ROWS = 1024
+
+#: Elements in the N x N matrices of pools that step together: many on a GPU, for few launches; on a CPU what its cache
+#: holds from step to step.
+TOGETHER = {"cpu": 1 << 18}
+TOGETHER_ELSEWHERE = 1 << 26
 
 #: Devices without fp64 (Apple GPUs): there picks may differ from those elsewhere at near ties.
 NO_FP64 = frozenset({"mps"})
@@ -65,6 +70,20 @@ def pools_of(rows: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Pools:
     first, size = ints(starts, rows.device), ints(sizes, rows.device)
     inside = torch.arange(max(sizes, default=0), device=rows.device) < size[:, None]
     return Pools(starts, sizes, picks, first, size, inside)
+
+
+def alike(pools: Pools, same_count: bool = False) -> Iterator[list[int]]:
+    """Pools of one size, and if asked one count, that can step together: as many as `TOGETHER` allows.
+
+    Pools of other sizes do not join them, since a sum over another shape rounds differently.
+    """
+    most = TOGETHER.get(pools.first.device.type, TOGETHER_ELSEWHERE)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for p, (n, k) in enumerate(zip(pools.lens, pools.counts, strict=True)):
+        groups.setdefault((n, k if same_count else 0), []).append(p)
+    for (n, _), group in groups.items():
+        step = max(1, most // (n * n))
+        yield from (group[low : low + step] for low in range(0, len(group), step))
 
 
 def ints(values: Sequence[int], device: torch.device) -> Tensor:

@@ -83,13 +83,10 @@ class CDPruner(Pruner):
 
 def _flat(values: Tensor, lens: tuple[int, ...]) -> Tensor:
     """Which values belong to a pool whose finite values are all equal, up to rounding."""
-    out = torch.zeros_like(values, dtype=torch.bool)
-    start = 0
-    for n in lens:
-        mine = values[start : start + n]
-        if n:
-            sound = mine.isfinite()
-            spread = mine.where(sound, -torch.inf).amax() - mine.where(sound, torch.inf).amin()
-            out[start : start + n] = sound & (spread <= 1e-6)
-        start += n
-    return out
+    pools = reference.pools_of(values, lens, lens)
+    if not pools.counts:
+        return torch.zeros_like(values, dtype=torch.bool)
+    padded = reference.pad(values, pools, torch.nan)
+    sound = padded.isfinite()
+    spread = padded.where(sound, -torch.inf).amax(1) - padded.where(sound, torch.inf).amin(1)
+    return values.isfinite() & (spread <= 1e-6)[torch.repeat_interleave(pools.size, output_size=values.shape[0])]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -76,38 +77,39 @@ class PruMergePlusPruner(Pruner):
                 return selection
             weight = scores if source == "cls" else torch.ones_like(scores)
             weight = weight.clamp(min=0).masked_fill(~sound, 0.0)
-            return replace(selection, features=self._enriched(tokens, selection.index, weight, sound, lens, counts))
+            return replace(selection, features=self._enriched(tokens, selection.index, weight, sound, pools))
 
     def _enriched(
-        self,
-        tokens: VisualTokens,
-        index: Tensor,
-        weight: Tensor,
-        sound: Tensor,
-        lens: tuple[int, ...],
-        counts: tuple[int, ...],
+        self, tokens: VisualTokens, index: Tensor, weight: Tensor, sound: Tensor, pools: reference.Pools
     ) -> Tensor:
         kept = torch.zeros_like(sound).index_fill_(0, index, True)
         out = tokens.features.detach()[index]
-        start = first = 0
-        for n, k in zip(lens, counts, strict=True):
+        before = list(accumulate([0, *pools.counts]))
+        for group in reference.alike(pools, same_count=True):
+            n, k = pools.lens[group[0]], pools.counts[group[0]]
             near = min(self.neighbours, n - k)
-            if k and near:
-                mine, rows = index[first : first + k], slice(start, start + n)
-                unit, _ = reference.unit_rows(tokens.features, start, n)
-                cosine = reference.products(unit[mine - start], unit).masked_fill_(
-                    kept[rows] | ~sound[rows], common.NOTHING
-                )
-                like, at = cosine.sort(dim=1, descending=True, stable=True)
-                features = tokens.features[rows].detach().float().masked_fill(~sound[rows, None], 0.0)
-                total = weight[mine]
-                average = features[mine - start] * total[:, None]
-                for j in range(near):
-                    w = weight[rows][at[:, j]].masked_fill(like[:, j] == common.NOTHING, 0.0)
-                    average, total = average + features[at[:, j]] * w[:, None], total + w
-                average = (average / total.clamp(min=1e-30)[:, None]).to(out.dtype)
-                out[first : first + k] = torch.where((total > 0)[:, None], average, out[first : first + k])
-            start, first = start + n, first + k
+            if not near:
+                continue
+            first = reference.ints([pools.starts[p] for p in group], tokens.device)[:, None]
+            rows = first + torch.arange(n, device=tokens.device)
+            places = reference.ints([before[p] for p in group], tokens.device)[:, None]
+            places = places + torch.arange(k, device=tokens.device)
+            mine = index[places]
+            cosines = []
+            for p, own in zip(group, mine - first, strict=True):
+                unit, _ = reference.unit_rows(tokens.features, pools.starts[p], n)
+                cosines.append(reference.products(unit[own], unit))
+            cosine = torch.stack(cosines).masked_fill_((kept[rows] | ~sound[rows])[:, None], common.NOTHING)
+            like, at = cosine.sort(dim=2, descending=True, stable=True)
+            at += first[..., None]
+            clean = tokens.features.detach().float().masked_fill(~sound[:, None], 0.0)
+            total = weight[mine]
+            average = clean[mine] * total[..., None]
+            for j in range(near):
+                w = weight[at[..., j]].masked_fill(like[..., j] == common.NOTHING, 0.0)
+                average, total = average + clean[at[..., j]] * w[..., None], total + w
+            average = (average / total.clamp(min=1e-30)[..., None]).to(out.dtype)
+            out[places] = torch.where((total > 0)[..., None], average, out[places])
         return out
 
 

@@ -56,39 +56,52 @@ class TomePruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         lens, counts = budget.pools(tokens)
-        into, kept, start = torch.full_like(tokens.source, -1), [tokens.source[:0]], 0
+        into, kept = torch.full_like(tokens.source, -1), [tokens.source[:0]]
+        pools = reference.pools_of(tokens.features, lens, counts)
         with common.exact(tokens):
-            for n, k in zip(lens, counts, strict=True):
-                if k:
-                    rows, place = self._merge(tokens.features, start, n, k)
-                    kept.append(rows + start)
-                    into[start : start + n] = kept[-1][place]
-                start += n
+            for group in reference.alike(pools, same_count=True):
+                n, k = pools.lens[group[0]], pools.counts[group[0]]
+                first = reference.ints([pools.starts[p] for p in group], tokens.device)[:, None]
+                all_rows = first + torch.arange(n, device=tokens.device)
+                rows, place = self._merge(tokens.features, all_rows, k)
+                kept.append((rows + first).flatten())
+                into.index_copy_(0, all_rows.flatten(), (rows.gather(1, place) + first).flatten())
             selection = common.unordered(torch.cat(kept), tokens)
             return replace(selection, features=common.merged(tokens, selection.index, into))
 
-    def _merge(self, features: Tensor, start: int, n: int, k: int) -> tuple[Tensor, Tensor]:
-        """The `k` rows of a pool that stay, ascending, and which of them each of the `n` rows has gone into."""
+    def _merge(self, features: Tensor, all_rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Of G pools of flat rows ``[G, n]``, the `k` that stay, ascending and counted within their pool, and which of
+        these each row has gone into (``[G, n]``)."""
         # In fp64, as are the cosines: a rounding that differs in one round decides which rows there are in the next.
-        sums = features[start : start + n].detach().to(reference.wide(features), copy=True)
-        size = sums.float().sum(1).isfinite().to(sums.dtype)  # broken rows weigh nothing
-        sums.masked_fill_(size[:, None] == 0, 0.0)
-        rows = place = torch.arange(n, device=features.device)
+        sums = features.detach()[all_rows].to(reference.wide(features))
+        pools, n, _ = sums.shape
+        size = sums.float().sum(2).isfinite().to(sums.dtype)  # broken rows weigh nothing
+        sums.masked_fill_(size[..., None] == 0, 0.0)
+        rows = place = torch.arange(n, device=features.device).expand(pools, -1)
         per_round = -(-(n - k) // self.rounds)
-        while rows.shape[0] > k:
-            m = rows.shape[0]
+        while rows.shape[1] > k:
+            m = rows.shape[1]
             gone = min(per_round, m - k, m // 2)
-            cosine = common.cosines(sums[::2], sums[1::2]).masked_fill_(size[1::2] == 0, common.NOTHING)
-            like, best = cosine.max(1).values, cosine.argmax(1)  # argmax: the first of equal ones
-            like = like.masked_fill(size[::2] == 0, 2.0)
-            merge = like.sort(descending=True, stable=True).indices[:gone]
-            target = torch.arange(m, device=rows.device).index_copy_(0, 2 * merge, 2 * best[merge] + 1)
+            # Pool by pool: a product rounds differently in a batch.
+            pairs = zip(sums[:, ::2], sums[:, 1::2], strict=True)
+            cosine = torch.stack([common.cosines(one, other) for one, other in pairs])
+            cosine.masked_fill_(size[:, None, 1::2] == 0, common.NOTHING)
+            like, best = cosine.amax(2), cosine.argmax(2)  # argmax: the first of equal ones
+            like = like.masked_fill(size[:, ::2] == 0, 2.0)
+            merge = like.sort(dim=1, descending=True, stable=True).indices[:, :gone]
+            best = best.gather(1, merge)
+            target = torch.arange(m, device=rows.device).repeat(pools, 1).scatter_(1, 2 * merge, 2 * best + 1)
             # A product rather than index_add, which a GPU sums in any order.
-            pairs = (best[merge] == torch.arange(m // 2, device=rows.device)[:, None]).to(sums.dtype)
-            sums[1::2] += pairs @ sums[::2][merge]
-            size[1::2] += pairs @ size[::2][merge]
-            stays = torch.ones(m, dtype=torch.int8, device=rows.device).index_fill_(0, 2 * merge, 0)
-            left = stays.sort(descending=True, stable=True).indices[: m - gone]
-            place = (stays.cumsum(0) - 1)[target[place]]
-            rows, sums, size = rows[left], sums[left], size[left]
+            goes = (best[:, None] == torch.arange(m // 2, device=rows.device)[:, None]).to(sums.dtype)
+            sums[:, 1::2] += goes @ _taken(sums[:, ::2], merge)
+            size[:, 1::2] += (goes * size[:, ::2].gather(1, merge)[:, None]).sum(2)
+            stays = torch.ones(pools, m, dtype=torch.int8, device=rows.device).scatter_(1, 2 * merge, 0)
+            left = stays.sort(dim=1, descending=True, stable=True).indices[:, : m - gone]
+            place = (stays.cumsum(1) - 1).gather(1, target.gather(1, place))
+            rows, sums, size = rows.gather(1, left), _taken(sums, left), size.gather(1, left)
         return rows, place
+
+
+def _taken(rows: Tensor, at: Tensor) -> Tensor:
+    """Rows ``at [G, j]`` of ``rows [G, m, D]``."""
+    return rows.gather(1, at[..., None].expand(-1, -1, rows.shape[2]))

@@ -67,34 +67,41 @@ class VisPruner(Pruner):
             sound = tokens.features.float().sum(1).isfinite()
             usable = scores.isfinite() & sound
             ranked = reference.topk(scores.masked_fill(~usable, -torch.inf), lens, lens)
-            kept, start = [ranked[:0]], 0
-            for n, k in zip(lens, counts, strict=True):
-                if k:
-                    mine = ranked[start : start + n] - start
-                    lead = int(k * self.important + 1e-6)
-                    here = slice(start, start + n)
-                    diverse = self._distinct(tokens.features[here], sound[here], mine[lead:], k - lead)
-                    kept += [mine[:lead] + start, diverse + start]
-                start += n
-            return common.unordered(torch.cat(kept), tokens, importance=source)
+            pools = reference.pools_of(tokens.features, lens, counts)
+            if not pools.counts:
+                return common.unordered(ranked[:0], tokens, importance=source)
+            local = torch.zeros(len(pools.counts), max(pools.counts), dtype=torch.int64, device=tokens.device)
+            for group in reference.alike(pools, same_count=True):
+                k = pools.counts[group[0]]
+                lead = int(k * self.important + 1e-6)
+                spans = [(pools.starts[p], pools.starts[p] + pools.lens[p]) for p in group]
+                mine = torch.stack([ranked[start:end] - start for start, end in spans])
+                features = [tokens.features[start:end] for start, end in spans]
+                fine = torch.stack([sound[start:end] for start, end in spans])
+                diverse = self._distinct(features, fine, mine[:, lead:], k - lead)
+                rows = torch.cat([mine[:, :lead], diverse], 1)
+                local[:, :k].index_copy_(0, reference.ints(group, tokens.device), rows)
+            return common.unordered(reference.flat_rows(local, pools), tokens, importance=source)
 
-    def _distinct(self, features: Tensor, sound: Tensor, rows: Tensor, wanted: int) -> Tensor:
-        """`wanted` of `rows`."""
-        if not wanted:
-            return rows[:0]
-        if wanted == rows.shape[0]:
-            return rows
-        features = features.masked_fill(~sound[:, None], 0.0)
-        gram = common.cosines(features, features)
+    def _distinct(self, features: list[Tensor], sound: Tensor, rows: Tensor, wanted: int) -> Tensor:
+        """`wanted` of `rows` ``[G, m]``, of G pools of one size."""
+        if wanted in (0, rows.shape[1]):
+            return rows[:, :wanted]
+        clean = [mine.masked_fill(~fine[:, None], 0.0) for mine, fine in zip(features, sound, strict=True)]
+        gram = torch.stack([common.cosines(mine, mine) for mine in clean])
         # Broken rows are removed first.
-        gram.masked_fill_(~sound[:, None], 2.0)
-        while rows.shape[0] > wanted:
-            first, second = rows[::2], rows[1::2]
-            gone = min(self.per_round, rows.shape[0] - wanted, first.shape[0])
-            like = gram[first[:, None], second].amax(1) if second.shape[0] else gram.new_zeros(first.shape[0])
+        gram.masked_fill_(~sound[:, :, None], 2.0)
+        pool = torch.arange(len(features), device=rows.device)[:, None, None]
+        while rows.shape[1] > wanted:
+            first, second = rows[:, ::2], rows[:, 1::2]
+            half = first.shape[1]
+            gone = min(self.per_round, rows.shape[1] - wanted, half)
+            like = gram.new_zeros(first.shape)
+            if second.shape[1]:
+                like = gram[pool, first[:, :, None], second[:, None]].amax(2)
             # Of equal ones the less important go first: those at the end.
-            worst = like.flip(0).sort(descending=True, stable=True).indices[:gone]
-            stays = torch.ones_like(rows, dtype=torch.int8)
-            stays.index_fill_(0, 2 * (first.shape[0] - 1 - worst), 0)
-            rows = rows[stays.sort(descending=True, stable=True).indices[: rows.shape[0] - gone]]
+            worst = like.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :gone]
+            stays = torch.ones_like(rows, dtype=torch.int8).scatter_(1, 2 * (half - 1 - worst), 0)
+            left = stays.sort(dim=1, descending=True, stable=True).indices[:, : rows.shape[1] - gone]
+            rows = rows.gather(1, left)
         return rows
