@@ -23,9 +23,15 @@ except ImportError:
     tl = triton = None
 
 
-def jit(function: Any) -> Any:
-    """``triton.jit``, or nothing."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Any = None, *, volatile: Sequence[str] = ()) -> Any:
+    """``triton.jit``, or nothing.
+
+    Triton compiles a kernel anew for a whole number that is 1, or divides by 16, and one that does not. Those that
+    change from prompt to prompt are `volatile`: one variant serves all of them.
+    """
+    if function is None:
+        return functools.partial(jit, volatile=volatile)
+    return function if triton is None else triton.jit(do_not_specialize=list(volatile))(function)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -178,7 +178,7 @@ def reference_ragged(
 # -- Triton -----------------------------------------------------------------------------------------------------------
 
 
-@jit
+@jit(volatile=("rows", "keys", "first", "pitch", "blocks", "mask_b", "slot_b"))
 def _logits_kernel(  # type: ignore[no-untyped-def]
     query, key, mask, slots, out, tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch,
     blocks, query_b, query_h, query_r, key_b, key_h, key_l, mask_b, mask_l, slot_b, slot_r,
@@ -187,6 +187,7 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Logits of RC queries (G heads each) to a block of keys of one key head, or SOFTMAX: their exponentials below the
     block's largest, that one, and their sum."""
+    pitch = tl.multiple_of(pitch, 8)
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
@@ -232,7 +233,7 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
     tl.store(to, value.to(out.dtype.element_ty), mask=(group < G)[:, None] & (lane < pitch)[None, :])
 
 
-@jit
+@jit(volatile=("places", "blocks"))
 def _shares_kernel(tops, sums, places, blocks, PB: tl.constexpr, NB: tl.constexpr):  # type: ignore[no-untyped-def]
     """What an exponential of each block is worth in the softmax of its whole row; takes the place of `sums`."""
     place = tl.program_id(0) * PB + tl.arange(0, PB)
@@ -246,7 +247,7 @@ def _shares_kernel(tops, sums, places, blocks, PB: tl.constexpr, NB: tl.constexp
     tl.store(sums + at, top / tl.where(highest == float("-inf"), 1.0, total)[:, None], mask=here)
 
 
-@jit
+@jit(volatile=("rows", "keys", "first", "pitch", "blocks"))
 def _average_kernel(  # type: ignore[no-untyped-def]
     given, shares, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch, blocks,
     RC: tl.constexpr, HB: tl.constexpr, BL: tl.constexpr, SPAN: tl.constexpr,
@@ -254,6 +255,7 @@ def _average_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Mean over heads (MEAN: and over queries) of the weights or logits of a block of keys; `given` is what
     `_logits_kernel` made, in blocks of SPAN keys."""
+    pitch = tl.multiple_of(pitch, 8)
     lane = tl.program_id(0) * BL + tl.arange(0, BL)
     row = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
@@ -270,7 +272,9 @@ def _average_kernel(  # type: ignore[no-untyped-def]
         here = j < count
         place = sample * heads * RC + (j if MEAN else j * RC + row)
         value = tl.load(
-            given + place[:, None] * pitch + lane[None, :], mask=here[:, None] & (lane < keys)[None, :], other=0.0
+            given + place[:, None] * pitch + lane[None, :],
+            mask=here[:, None] & (lane < keys)[None, :],
+            other=0.0,
         ).to(tl.float32)
         if SOFTMAX:
             value *= tl.load(shares + place * blocks + tl.program_id(0) * BL // SPAN, mask=here, other=0.0)[:, None]
@@ -289,19 +293,22 @@ def _average_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + to + lane, acc, mask=(lane < keys) & (first + row < rows))
 
 
-#: Rows of a tile of logits at most, keys of a tile, warps; keys of a block of averages, warps.
-_LOGITS = (64, 256, 4)
+#: Rows of a tile of logits at most, keys of a tile, warps, in half precision and in fp32, whose products are long to
+#: compile (12 s for 256 keys); keys of a block of averages, warps.
+_LOGITS = ((64, 256, 4), (64, 128, 8))
 _AVERAGE = (64, 4)
 
 
-def _tile(query: Tensor, rows: int, groups: int, dim: int) -> tuple[int, int, int, int]:
-    """Queries of a launch, rows and keys of a tile, and their width; smaller ones where shared memory, in which both
-    factors lie, is small: heads of 128 in fp32 on a consumer's GPU, of 256 on any."""
-    chunk, keys, wide = min(rows, max(1, _LOGITS[0] // groups)), _LOGITS[1], max(16, triton.next_power_of_2(dim))
+def _tile(query: Tensor, rows: int, groups: int, dim: int) -> tuple[int, int, int, int, int]:
+    """Queries of a launch, rows and keys of a tile, their width, and warps; smaller ones where shared memory, in which
+    both factors lie, is small: heads of 128 in fp32 on a consumer's GPU, of 256 on any."""
+    most, keys, warps = _LOGITS[not half(query)]
+    # A power of two: questions of all lengths share a few variants.
+    chunk, wide = min(triton.next_power_of_2(rows), max(1, most // groups)), max(16, triton.next_power_of_2(dim))
     while True:
         tall = max(16, triton.next_power_of_2(groups * chunk))
         if fits(query, (tall + keys) * wide * query.element_size()) or (keys == _AVERAGE[0] and chunk == 1):
-            return chunk, tall, keys, wide
+            return chunk, tall, keys, wide, warps
         # Averages are made of whole blocks of keys.
         keys, chunk = (keys // 2, chunk) if keys > _AVERAGE[0] else (keys, chunk // 2)
 
@@ -348,8 +355,8 @@ def _rows_triton(
     out = torch.zeros(sizes, dtype=torch.float32, device=device)
     if not out.numel() or not rows:
         return out
-    groups, warps = heads // kv_heads, _LOGITS[2]
-    chunk, bm, bl, bd = _tile(query, rows, groups, dim)
+    groups = heads // kv_heads
+    chunk, bm, bl, bd, warps = _tile(query, rows, groups, dim)
     blocks = -(-keys // bl)
     pitch = -(-keys // 8) * 8
     # Between 0 and 1, so that half precision costs no weight more than 1/2000 of it; logits have no such bounds.
