@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The board: accuracy and measured time of every method on the pocket models, as tables, a page and a picture.
 
-    python -m benchmarks.board --full       # one GPU; run it again and it goes on
-    python -m benchmarks.board --full --models pocket-llava --rows A     # a part, beside others on other GPUs
-    python -m benchmarks.board --merge A B C                             # parts to one board
+    python -m benchmarks.board --full       # one GPU: all methods at three budgets; run it again and it goes on
+    python -m benchmarks.board --whole --models pocket-llava --rows A    # with 1/18 and worst ends; a part, beside others
+    python -m benchmarks.board --merge A B C                             # parts to one board: what is committed
     python -m benchmarks.board --small      # two CPU cores: one model, 8 methods, 50 questions of each task
     python -m benchmarks.board --ci         # two methods, 20 questions
     python -m benchmarks.board --once       # what encoding once saves: seconds of a sweep, and of each row alone
     python -m benchmarks.board --draw       # pages and picture once more, from the committed tables
 
 It is `vtprune eval` and `vtprune board` without a command line of typer's, and compares methods with one another
-(`claims`). Answers stay in ``--rows``; ``board.csv``, ``overall.csv``, ``pairs.csv``, ``about.json``, ``index.html``
-and ``board.png`` go to ``--out``. `benchmarks/README.md` has them.
+(`claims`). Answers stay in ``--rows``; ``board.csv``, ``overall.csv``, ``pairs.csv``, ``clock.csv`` (what the runs
+took), ``about.json``, ``index.html`` and ``board.png`` go to ``--out``. `benchmarks/README.md` has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import os
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from benchmarks import claims
 from benchmarks.answers import write
 from vtprune.errors import InputError
 from vtprune.eval import board, page, runner
-from vtprune.eval.sweep import EXAMS, Request, load_model, sweep
+from vtprune.eval.sweep import EXAMS, Request, load_model, processors, sweep
 from vtprune.eval.table import Row
 
 HERE = Path(__file__).parent
@@ -40,10 +40,13 @@ KEEPS = ("1/2", "1/4", "1/9", "1/18")
 THREE = KEEPS[:3]
 TIMED = "1/9"  # whose time the tables of the guide have
 SMALL = ("norm", "divprune", "idpruner", "visionzip", "scope", "cdpruner", "fastv", "tome")
+#: Of a folder of answers: what each run took.
+CLOCK = "clock.jsonl"
 #: Below it stand tables that are made.
 MARK = "<!-- python -m benchmarks.board --draw -->"
 SETS = {
-    "full": (tuple(EXAMS), ("all", *(f"worst of={name}" for name in claims.ORDERED)), 300, KEEPS),
+    "full": (tuple(EXAMS), ("all",), 300, THREE),
+    "whole": (tuple(EXAMS), ("all", *(f"worst of={name}" for name in claims.ORDERED)), 300, KEEPS),
     "small": (("pocket-llava",), SMALL, 50, THREE),
     "ci": (("pocket-llava",), ("norm", "divprune"), 20, ("1/9",)),
 }
@@ -161,9 +164,21 @@ def document(out: Path, page: Path = HERE.parent / "docs" / "board.md") -> None:
     page.write_text(f"{head}{MARK}\n\n{below_the_mark(out)}", encoding="utf-8")
 
 
+def note_time(rows: Path, seconds: float, answers: int, total: int, workers: int, request: Request) -> None:
+    """Add what one run of the script took, from its first line on, to what the folder knows."""
+    line = {"device": where(), "processors": processors(), "workers": workers, "commit": runner.current_commit()}
+    line |= {"models": " ".join(request.models), "tasks": " ".join(request.tasks), "keeps": " ".join(request.keeps)}
+    line |= {"questions": request.count, "seconds": round(seconds), "answers": answers, "of": total}
+    with (rows / CLOCK).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def finish(folders: Sequence[Path], out: Path) -> None:
-    """Tables, page and picture of one board, or of several that are parts of one."""
+    """Tables, page and picture of one board, or of several that are parts of one, and what its runs took."""
     board.write(folders, out)
+    notes = [folder / CLOCK for folder in folders if (folder / CLOCK).exists()]
+    if notes:
+        write(out / "clock.csv", [json.loads(line) for note in notes for line in note.read_text().splitlines()])
     board.to_csv(out / "pairs.csv", list(claims.pairs(board.gather(folders))))
     print(page.draw(out))
 
@@ -196,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         finish(given.merge, out)
         return 0
     rows = given.rows or ROWS / given.which
-    workers = given.workers or (max(1, min(6, (os.cpu_count() or 2) - 2)) if torch.cuda.is_available() else 1)
+    workers = given.workers or (max(1, min(6, processors() - 2)) if torch.cuda.is_available() else 1)
     begun = time.monotonic()
     told = [0.0, 0.0]
 
@@ -208,10 +223,15 @@ def main(arguments: list[str] | None = None) -> int:
     def tick(done: int) -> None:
         told[1] += done
 
-    sweep(
-        request_of(given.which, given), rows, workers=workers, minutes=given.minutes, say=say, tick=tick,
-        begin=lambda total: print(f"{total} answers", flush=True),
-    )  # fmt: skip
+    def begin(total: int) -> None:
+        asked.append(total)
+        print(f"planned and timed after {time.monotonic() - begun:.0f} s: {total} answers", flush=True)
+
+    request, asked = request_of(given.which, given), [0]
+    try:
+        sweep(request, rows, workers=workers, minutes=given.minutes, say=say, tick=tick, begin=begin)
+    finally:
+        note_time(rows, time.monotonic() - begun, int(told[1]), asked[-1], workers, request)
     print(f"swept in {time.monotonic() - begun:.0f} s", flush=True)
     try:
         finish([rows], out)

@@ -400,6 +400,11 @@ def total(request: Request, plan: Row) -> int:
     )
 
 
+def processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def launched() -> tuple[int, int]:
     """``(i, n)`` as `accelerate launch` or `torchrun` tell each of their processes; ``(0, 1)`` without them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -466,7 +471,7 @@ def sweep(
     context = multiprocessing.get_context("spawn")
     counts = context.Queue()
     shards = [(rank * workers + i, world * workers) for i in range(workers)]
-    threads = max(1, (os.cpu_count() or workers) // workers)
+    threads = max(1, processors() // workers)
     started = [
         context.Process(target=_work, args=(request, plan, folder, shard, until, counts, threads), daemon=True)
         for shard in shards

@@ -149,7 +149,7 @@ def _row(x, out, sample, slot, place, real, width, step_b, step_l, step_d, part,
     tl.store(out + place.to(tl.int64) * width + lane, value, mask=lane < width)
 
 
-@jit
+@jit(volatile=("slots", "batch", "position_p", "position_b", "index_b"))
 def _pack_kernel(  # type: ignore[no-untyped-def]
     index, ends, hidden, out, positions, out_positions, mask, f0, f1, f2, f3, o0, o1, o2, o3,
     slots, batch, width, fwidth, blocks,
