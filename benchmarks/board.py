@@ -2,7 +2,7 @@
 """The board: accuracy and measured time of every method on the pocket models, as tables, a page and a picture.
 
     python -m benchmarks.board --full       # one GPU: all methods at three budgets; run it again and it goes on
-    python -m benchmarks.board --whole --models pocket-llava --rows A    # with 1/18 and worst ends; a part, beside others
+    python -m benchmarks.board --whole --models pocket-llava --rows A    # and 1/18 and worst ends; a part of it
     python -m benchmarks.board --merge A B C                             # parts to one board: what is committed
     python -m benchmarks.board --small      # two CPU cores: one model, 8 methods, 50 questions of each task
     python -m benchmarks.board --ci         # two methods, 20 questions
@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -210,6 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.merge:
         finish(given.merge, out)
         return 0
+    # A run that is stopped from outside notes its time all the same.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows = given.rows or ROWS / given.which
     workers = given.workers or (max(1, min(6, processors() - 2)) if torch.cuda.is_available() else 1)
     begun = time.monotonic()
