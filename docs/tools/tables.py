@@ -164,7 +164,7 @@ def demonstrations(wanted: Callable[[str], bool] = lambda _: True) -> str:
 
 def board(method: str) -> str:
     """Score on the board relative to dense: the method, chance, and a smaller picture."""
-    name = "board-nvidia-h200/overall.csv"
+    name = "board-nvidia-h100-80gb-hbm3/overall.csv"
     found = [r for r in rows(name) if r["keep"] not in ("0", "1")]
     if method not in {r["method"] for r in found}:
         return ""
