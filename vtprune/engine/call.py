@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,6 @@ class Call:
     state: pos.CacheState | None = None
     rotary: Tensor | None = None
     tokens: VisualTokens | None = None
-    slots: Tensor | None = None
     text_slots: Tensor | None = None
     trace: list[Trace] = field(default_factory=list)
     packs: list[Pack] = field(default_factory=list)
@@ -179,6 +179,17 @@ class Call:
     watched: bool = False
     compiled: dict[str, str] = field(default_factory=dict)
     entered: bool = False
+    _slots: Tensor | Callable[[], Tensor] | None = None
+
+    @property
+    def slots(self) -> Tensor | None:
+        if callable(self._slots):  # few look at it, and it takes a handful of launches
+            self._slots = self._slots()
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: Tensor | Callable[[], Tensor] | None) -> None:
+        self._slots = slots
 
     def left_behind(self, embeds: Tensor | None) -> bool:
         """Whether this is not the forward that calls the text model now, but an earlier one: PyTorch does not call

@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..models.base import PIXEL_KEYS, Encoding, Family
 from ..tokens import PRE_PROJECTOR, Probe, VisualTokens
 from .call import Call
-from .layout import BatchLayout, build
+from .layout import BatchLayout, Placed, build, upload
 
 _ENCODING = "_vtprune_encoding"
 
@@ -202,11 +202,6 @@ def placeholder_masks(family: Family, ids: Tensor | None, embeds: Tensor | None)
     return {m: (embeds == table(ids_on(token))).all(-1) for m, token in family.placeholders.items()}
 
 
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """Host numbers on the device, without waiting for what it is doing."""
-    return torch.from_numpy(array).to(device, non_blocking=True)
-
-
 class Fetched(NamedTuple):
     """A prompt on the host: ids ``[B, L]``; the mask that came with it; and that as ``[B, past + L]`` bool."""
 
@@ -311,23 +306,31 @@ def _words(embeds: Tensor) -> np.ndarray:
     return same.view(embeds.shape[:2]).cpu().numpy()
 
 
-def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, position: Tensor) -> VisualTokens:
-    """What a pruner sees of the prompt ``embeds [B, L, D]``; `position` is ``layout.position`` on the device."""
+def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, placed: Placed) -> VisualTokens:
+    """What a pruner sees of the prompt ``embeds [B, L, D]``; `placed` is the layout on its device."""
     device = embeds.device
     probes: dict[Probe, Tensor] = {}
-    for modality, (raw, rows) in layout.raw.items():
+    for modality in layout.raw:
         for probe, value in call.encodings[modality].probes.items():
-            part = value[upload(raw, value.device)]
-            whole = probes.setdefault(probe, part.new_zeros(len(layout.position), *part.shape[1:]))
-            whole[upload(rows, value.device)] = part
+            where = layout.raw_on(modality, value.device, len(value))
+            if where is None:
+                probes[probe] = value
+                continue
+            raw, rows = where
+            part = value[raw]
+            if len(layout.raw) > 1:
+                whole = probes.setdefault(probe, part.new_zeros(len(layout.position), *part.shape[1:]))
+                whole[rows] = part
+            else:
+                probes[probe] = part
     for probe, value in probes.items():
         if probe.name == PRE_PROJECTOR.name:
             probes[probe] = value.reshape(-1, value.shape[-1])
     tokens = VisualTokens(
-        features=embeds.reshape(-1, embeds.shape[-1])[position].detach(),
+        features=embeds.detach().reshape(-1, embeds.shape[-1]).index_select(0, placed.position),
         seqlens=layout.seqlens,
-        source=upload(layout.source, device),
-        coords=upload(layout.coords, device),
+        source=placed.source,
+        coords=placed.coords,
         seg_image=layout.seg_image,
         image_sample=layout.image_sample,
         seg_kind=layout.seg_kind,
@@ -341,7 +344,8 @@ def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, p
         checkpoint=family.checkpoint,
     )
     tokens.ctx["image_lens"] = tokens.image_lens
-    return tokens.to(device)  # the encoder may be on another device than the language model
+    elsewhere = any(value.device != device for value in probes.values())  # where the encoder may be
+    return tokens.to(device) if elsewhere else tokens
 
 
 def with_question(

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..kernels._jit import remember
 from ..kernels.attention_rows import attention_rows
 from ..tokens import CLS_ROW, PRE_PROJECTOR, Probe
 
 #: Arguments of the inner model that carry pixels.
 PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
 
+
+#: Layouts that a family remembers; the oldest go first.
+_MOST_LAYOUTS = 64
 
 #: How a hook hands over what it captured: the probe, and a function that makes its value.
 Put = Callable[[Probe, Callable[[], Tensor]], None]
@@ -127,6 +131,8 @@ class Family(ABC):
         self.inner = model.model if hasattr(model, "lm_head") else model
         self.lm = getattr(self.inner, self.text_model)
         self.config = model.config
+        #: Layouts made so far, by what they depend on; see `unique_layouts`.
+        self.known_layouts: dict[Any, ImageLayout] = {}
 
     @property
     def checkpoint(self) -> str:
@@ -301,14 +307,26 @@ def turns_halves(attention: Any) -> bool:
     return turn is None or turn(torch.arange(4.0)).tolist() == [-2, -3, 0, 1]
 
 
-def unique_layouts(items: Iterable[Any], make: Callable[[Any], ImageLayout]) -> list[ImageLayout]:
-    """Make each distinct layout once: pictures of one size share theirs."""
-    made: dict[Any, ImageLayout] = {}
+def unique_layouts(
+    items: Iterable[Any], make: Callable[[Any], ImageLayout], known: dict[Any, ImageLayout], *beside: Any
+) -> list[ImageLayout]:
+    """Make each distinct layout once: pictures of one size share theirs, in every call.
+
+    Parameters
+    ----------
+    known
+        Those made so far: `Family.known_layouts`.
+    beside
+        What `make` depends on beside the item.
+    """
     out = []
     for item in items:
-        if item not in made:
-            made[item] = make(item)
-        out.append(made[item])
+        key = (item, *beside)
+        layout = known.get(key)
+        if layout is None:
+            layout = make(item)
+            remember(known, key, layout, _MOST_LAYOUTS)
+        out.append(layout)
     return out
 
 

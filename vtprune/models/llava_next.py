@@ -37,7 +37,7 @@ class LlavaNext(ClipTowerMixin, Family):
 
     def layouts(self, modality: str, inputs: dict[str, Any]) -> list[ImageLayout]:
         sizes = [tuple(map(int, size)) for size in torch.as_tensor(inputs["image_sizes"]).tolist()]
-        return unique_layouts(sizes, self._layout)
+        return unique_layouts(sizes, self._layout, self.known_layouts)
 
     def _layout(self, size: tuple[int, int]) -> ImageLayout:
         from transformers.models.llava_next.modeling_llava_next import (
