@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,28 +202,62 @@ def placeholder_masks(family: Family, ids: Tensor | None, embeds: Tensor | None)
     return {m: (embeds == table(ids_on(token))).all(-1) for m, token in family.placeholders.items()}
 
 
-class Fetched(NamedTuple):
-    """A prompt on the host: ids ``[B, L]``; the mask that came with it; and that as ``[B, past + L]`` bool."""
+class Fetched:
+    """A prompt on its way to the host.
 
-    ids: np.ndarray
-    mask: Tensor | None
-    valid: np.ndarray | None
+    This is the one time that a prefill waits for the device: not for the vision tower, which starts after the copy, but
+    for the copy, and only when somebody looks. Everything about where pictures stand in the prompt is decided on the
+    host, while the vision tower runs.
+
+    Parameters
+    ----------
+    ids : Tensor
+        ``[B, L]``.
+    mask : Tensor or None
+        ``[B, past + L]``, the mask that came with it.
+    """
+
+    def __init__(self, ids: Tensor, mask: Tensor | None) -> None:
+        self.mask = mask
+        self._copies = [None if x is None else _started(x, ids.device) for x in (ids, mask)]
+        self._done = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
+
+    def _host(self, which: int) -> Tensor | None:
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
+        return self._copies[which]
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        """``[B, L]``."""
+        ids = self._host(0)
+        assert ids is not None
+        return ids.numpy()
+
+    @functools.cached_property
+    def valid(self) -> np.ndarray | None:
+        """The mask, ``[B, past + L]`` bool."""
+        mask = self._host(1)
+        return None if mask is None else mask.bool().numpy()
+
+
+def _started(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the host that may not be there yet, if it comes from this device."""
+    if not x.is_cuda or x.device != device:
+        return x.cpu()
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
 def fetch(ids: Tensor | None, mask: Any) -> Fetched | None:
-    """Bring a prompt to the host in one transfer, before its pictures are encoded; None where it is no plain one.
-
-    This is the one time that a prefill waits for the device, which has nothing to do yet: everything about where
-    pictures stand in the prompt is decided on the host, while the vision tower runs.
-    """
+    """Start to bring a prompt to the host, before its pictures are encoded; None where it is no plain one."""
     if ids is None or ids.ndim != 2:
         return None
     if mask is None:
-        return Fetched(ids.cpu().numpy(), None, None)
+        return Fetched(ids, None)
     if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
         return None
-    both = torch.cat([ids, mask.to(ids)], 1).cpu().numpy()
-    return Fetched(both[:, : ids.shape[1]], mask, both[:, ids.shape[1] :].astype(bool))
+    return Fetched(ids, mask)
 
 
 def to_host(

@@ -55,7 +55,7 @@ def remember(cache: dict[Any, Any], key: Any, value: Any, most: int) -> None:
 #: first.
 Constants = dict[tuple[Any, ...], tuple[tuple[Tensor, ...], Any]]
 _MADE: Constants = {}
-_MOST_MADE = 256
+_MOST_MADE = 512
 #: Constants whose addresses are part of a captured graph: they must outlive it, and nobody tells when that ends.
 _CAPTURED: list[tuple[Tensor, ...]] = []
 
@@ -74,6 +74,8 @@ def constant(
     made
         Where they are kept; by default with all others.
     """
+    if torch._C._len_torch_dispatch_stack():  # made under a mode they may be of its kind: fake tensors, for example
+        return make()
     made = _MADE if made is None else made
     key = (*key, device)
     found = made.get(key)
