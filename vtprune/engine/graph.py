@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import operator
 import threading
 import types
 from collections import OrderedDict
@@ -26,13 +28,17 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..models.base import Family
+from ..kernels._jit import Constants, constant, on_device
+from ..models.base import Family, ImageLayout
+from ..models.llava_next import LlavaNext
 from ..tokens import Probe
 from . import positions as pos
+from .layout import upload
 
 if TYPE_CHECKING:
     from .call import Call, Job
@@ -349,6 +355,7 @@ class PrefillGraphs:
     ) -> None:
         self.family, self.tap, self.job, self.current, self.own_hooks = family, tap, job, current, own_hooks
         self.local = _Local()
+        self.packings: Constants = {}
         lm = family.lm
         self.device = lm.get_input_embeddings().weight.device
         why = obstacle(self.device) or _unknown(lm)
@@ -385,6 +392,8 @@ class PrefillGraphs:
             self.tower_shelf = Shelf(self.device)
             self._wrap(tower, "forward", self._tower_forward)
             self._wrap(family.inner, "get_placeholder_mask", self._placeholder_mask)
+            if isinstance(family, LlavaNext):
+                self._wrap(family.inner, "pack_image_features", self._pack_features)
 
     def _wrap(self, module: Any, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(module, name, None)
@@ -561,6 +570,29 @@ class PrefillGraphs:
             return original(*args, **kwargs)  # which says what is wrong
         return (given["input_ids"] == token).unsqueeze(-1).expand_as(embeds)
 
+    def _pack_features(self, original: Callable[..., Any], features: Any, sizes: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own packing waits for the vision tower, and copies everything three times."""
+        job, newline = self.job(), kwargs.get("image_newline")
+        plain = kwargs.get("vision_feature_select_strategy") == "default" and newline is not None and not args
+        if job is None or job.config.compile is None or not plain or features[0].device != self.device:
+            return original(features, sizes, *args, **kwargs)
+        layouts = self.family.layouts("image", {"image_sizes": sizes})
+        if [len(rows.flatten(0, 1)) for rows in features] != [layout.raw_length for layout in layouts]:
+            return original(features, sizes, *args, **kwargs)
+        packed = []
+        for rows, size, layout in zip(features, sizes.tolist(), layouts, strict=True):
+
+            def make(layout: ImageLayout = layout) -> tuple[Tensor, ...]:
+                source = np.zeros(layout.length, np.int64)
+                source[layout.rank] = layout.raw
+                newlines = np.setdiff1d(np.arange(layout.length), layout.rank)
+                return upload(source, self.device), upload(newlines, self.device)
+
+            source, newlines = constant(tuple(size), self.device, make, self.packings)
+            out = rows.flatten(0, 1).index_select(0, source)
+            packed.append(out.index_copy_(0, newlines, newline.to(out).expand(len(newlines), -1)))
+        return packed, on_device([len(rows) for rows in packed], self.device)
+
     # -- the vision tower ---------------------------------------------------------------------------------------------
 
     def _tower_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -634,31 +666,35 @@ class _Modules:
         self.owner, self.parts = owner, {name: owner._modules[name] for name in parts or owner._modules}
         self.modules = [m for part in self.parts.values() if part is not None for m in part.modules()]
         whole = self.modules if parts else [owner, *self.modules]
-        self.children = [(m._modules, dict(m._modules)) for m in whole]
+        # Lists that are compared in one go: a model has hundreds of modules, and every prefill looks at all of them.
+        self.children, self.expected = [m._modules for m in whole], [dict(m._modules) for m in whole]
         tensors = [(where, n, t) for m in whole for where in (m._parameters, m._buffers) for n, t in where.items()]
         owned = [(where, name, t) for where, name, t in tensors if t is not None]
-        self.tensors = [(where, name, t, t.data_ptr()) for where, name, t in owned]
-        self.held = [t.data for _, _, t in owned]
-        self.dtype = next(t.dtype for _, _, t in owned if t.is_floating_point())
+        self.owners, self.names, self.tensors = ([row[i] for row in owned] for i in range(3))
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        self.held = [t.data for t in self.tensors]
+        self.dtype = next(t.dtype for t in self.tensors if t.is_floating_point())
+        self.attributes = [m.__dict__ for m in self.modules]
+        self.hooks = [hooks for m in self.modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
 
     def trains(self) -> bool:
-        return any(t.requires_grad for _, _, t, _ in self.tensors)
+        return any(t.requires_grad for t in self.tensors)
 
     def check(self, own: Collection[int]) -> None:
         """Raise `Unfit` where a module, a parameter or its memory was replaced, or something hooked itself in."""
         moved = any(self.owner._modules.get(name) is not part for name, part in self.parts.items())
-        if moved or any(now != before for now, before in self.children):
+        if moved or self.children != self.expected:
             raise Unfit("a module of the model was replaced after vtprune was applied; apply it again")
-        if any(where.get(name) is not t or t.data_ptr() != at for where, name, t, at in self.tensors):
+        same = all(map(operator.is_, map(dict.get, self.owners, self.names), self.tensors))
+        if not same or list(map(Tensor.data_ptr, self.tensors)) != self.addresses:
             raise Unfit("weights of the model were moved after vtprune was applied; apply it again")
-        for module in self.modules:
-            if "forward" in module.__dict__:
-                raise Unfit("the forward of a module was replaced")
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key, hook in hooks.items():
-                    # Those of transformers record hidden states and attention maps, where these are asked for.
-                    if key not in own and not str(getattr(hook, "__module__", "")).startswith("transformers."):
-                        raise Unfit("a forward hook that is not vtprune's is on a module")
+        if any(map(operator.contains, self.attributes, itertools.repeat("forward"))):
+            raise Unfit("the forward of a module was replaced")
+        for hooks in filter(None, self.hooks):
+            for key, hook in hooks.items():
+                # Those of transformers record hidden states and attention maps, where these are asked for.
+                if key not in own and not str(getattr(hook, "__module__", "")).startswith("transformers."):
+                    raise Unfit("a forward hook that is not vtprune's is on a module")
 
 
 def _groups(layer: Any) -> tuple[tuple[Any, ...], ...]:

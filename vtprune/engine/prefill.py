@@ -289,7 +289,7 @@ def past_masks(kw: dict[str, Any], past: int, valid: Tensor) -> tuple[dict[int, 
     """Masks of what an unpruned cache holds, by first layer of a group, and whether they are full."""
     mask = kw.get("attention_mask")
     if mask is None or not past:
-        return {0: valid.new_ones(valid.shape[0], past)}, {0: True}
+        return {0: pos.all_valid(valid.shape[0], past, valid.device)}, {0: True}
     before = mask[:, :past].to(valid.device).bool()
     return {0: before}, {0: bool(before.all())}
 

@@ -113,7 +113,14 @@ class EncoderTap:
         modality = name.split("_")[1]
         signature = inspect.signature(original)
 
+        order = list(signature.parameters)
+
         def encode(args: Any, kwargs: Any, inputs: dict[str, Any]) -> tuple[Any, Encoding]:
+            for key in self.family.host_inputs:
+                if isinstance(inputs.get(key), Tensor):
+                    inputs[key] = inputs[key].cpu()
+                    kwargs = {**kwargs, key: inputs[key]} if key in kwargs else kwargs
+                    args = tuple(inputs[key] if name == key else arg for name, arg in zip(order, args, strict=False))
             self.local.captured = {}
             try:
                 with _own_weights(self.family.inner):

@@ -117,6 +117,9 @@ class Family(ABC):
     text_model: ClassVar[str] = "language_model"
     #: Usual number of decoder layers, and the first after which a usual checkpoint lets rows be dropped.
     usual_layers: ClassVar[tuple[int, int]] = (32, 0)
+    #: Arguments of ``get_*_features`` that the model itself brings to the host, element by element, while it encodes:
+    #: they are brought there before, because then nothing is waited for.
+    host_inputs: ClassVar[tuple[str, ...]] = ()
     #: Whether `arrange` looks at token ids.
     reads_ids: ClassVar[bool] = False
 
