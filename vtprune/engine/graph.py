@@ -25,7 +25,7 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..kernels._jit import Constants, constant, on_device
+from ..kernels._jit import Constants, constant, on_device, remember
 from ..models.base import Family, ImageLayout
 from ..models.llava_next import LlavaNext
-from ..tokens import Probe
+from ..tokens import Probe, Selection
 from . import positions as pos
-from .layout import upload
+from .layout import BatchLayout, Placed, upload
+from .probes import probes_of
 
 if TYPE_CHECKING:
     from .call import Call, Job
@@ -56,6 +57,8 @@ DECODERS = (
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 #: Graphs kept per part of the model; the least recently used one makes room.
 MAX_GRAPHS = 8
+#: Prompts with pictures of the same shapes that choose their tokens without a graph, before one is captured.
+CAPTURED_AFTER = 2
 #: Rows of a batch beyond which launches no longer matter and static buffers would cost more than they give.
 MAX_ROWS = 1 << 15
 #: Up to so many rows reading the weights bounds the layer, and tuning the matrix products is worth the wait.
@@ -286,6 +289,7 @@ class Shelf:
                     self.graphs[key] = make()
                     self._count()
                 except Exception as error:  # inductor, Triton and CUDA each raise their own
+                    self.pool = Replay.pool(self.device)  # the allocator may still take the old one for being captured
                     reason = (str(error).strip().splitlines() or ["no reason given"])[0]
                     self.refused[key] = f"capture failed ({type(error).__name__}: {reason})"
                     raise Unfit(self.refused[key]) from error
@@ -356,6 +360,7 @@ class PrefillGraphs:
         self.family, self.tap, self.job, self.current, self.own_hooks = family, tap, job, current, own_hooks
         self.local = _Local()
         self.packings: Constants = {}
+        self.met: dict[Any, int] = {}
         lm = family.lm
         self.device = lm.get_input_embeddings().weight.device
         why = obstacle(self.device) or _unknown(lm)
@@ -373,7 +378,7 @@ class PrefillGraphs:
         self.joined = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
         self.lm_modules = _Modules(lm, ("layers", "norm", "rotary_emb"))
         self.doubtful = False
-        self.shelf = Shelf(self.device)
+        self.shelf, self.choices = Shelf(self.device), Shelf(self.device)
         self.wrapped: list[tuple[Any, str, Any]] = []
         self._wrap(lm, "forward", self._text_forward)
         tower = getattr(family.inner, "vision_tower", None)
@@ -418,7 +423,8 @@ class PrefillGraphs:
             if module.__dict__.get(name) is wrapper:
                 delattr(module, name)
         self.wrapped, self.layers = [], []
-        for shelf in (self.shelf, *([] if self.tower_obstacle else [self.tower_shelf])):
+        self.met.clear()
+        for shelf in (self.shelf, self.choices, *([] if self.tower_obstacle else [self.tower_shelf])):
             shelf.close()
         self.lm_modules.held.clear()  # or every layer would be held twice below
         for parameter in self.joined:
@@ -573,8 +579,8 @@ class PrefillGraphs:
     def _pack_features(self, original: Callable[..., Any], features: Any, sizes: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own packing waits for the vision tower, and copies everything three times."""
         job, newline = self.job(), kwargs.get("image_newline")
-        plain = kwargs.get("vision_feature_select_strategy") == "default" and newline is not None and not args
-        if job is None or job.config.compile is None or not plain or features[0].device != self.device:
+        asked = job is not None and job.config.compile is not None and features[0].device == self.device
+        if not asked or args or newline is None or kwargs.get("vision_feature_select_strategy") != "default":
             return original(features, sizes, *args, **kwargs)
         layouts = self.family.layouts("image", {"image_sizes": sizes})
         if [len(rows.flatten(0, 1)) for rows in features] != [layout.raw_length for layout in layouts]:
@@ -592,6 +598,84 @@ class PrefillGraphs:
             out = rows.flatten(0, 1).index_select(0, source)
             packed.append(out.index_copy_(0, newlines, newline.to(out).expand(len(newlines), -1)))
         return packed, on_device([len(rows) for rows in packed], self.device)
+
+    # -- the choice of tokens -----------------------------------------------------------------------------------------
+
+    def choose(
+        self, call: Call, layout: BatchLayout, placed: Placed, embeds: Tensor
+    ) -> tuple[Selection, np.ndarray] | None:
+        """`Job.select` at the projector as a graph; None where that cannot be, or is not worth it yet.
+
+        It depends on the pictures alone, not on the text around them: prompts of any length share it.
+
+        Parameters
+        ----------
+        layout, placed
+            Where the visual tokens are in ``embeds [B, L, D]``.
+        """
+        try:
+            out = self._choose(call, layout, placed, embeds)
+        except Unfit as why:
+            call.compiled["choice of tokens"] = f"eager: {why}"
+            return None
+        call.compiled["choice of tokens"] = f"graph; {self.choices.about}"
+        return out
+
+    def _choose(self, call: Call, layout: BatchLayout, placed: Placed, embeds: Tensor) -> tuple[Selection, np.ndarray]:
+        job = call.job
+        assert job is not None and job.projector_stage is not None
+        stage, pruner, batch = job.projector_stage, job.pruner, embeds.shape[0]
+        # A class derived from one that can be captured may do what cannot.
+        if not ("capturable" in vars(type(pruner)) and pruner.capturable) or pruner.adaptive or pruner.query_aware:
+            raise Unfit(f"{job.config.label!r} does not say that it can be captured")
+        if call.watched or job.layer_stages or job.layer_probes:
+            raise Unfit("something else looks at the tokens")
+        if embeds.device != self.device or not len(layout.position):
+            raise Unfit("there are no tokens on the model's device")
+        if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
+            raise Unfit("autocast, an op counter or another dispatch mode is on")
+        probes = probes_of(call, layout)
+        if any(value.device != self.device for value in probes.values()):
+            raise Unfit("the vision tower is on another device")
+        kinds = tuple((probe, tuple(value.shape), value.dtype) for probe, value in probes.items())
+        # A job that was applied again finds what was captured for the one before.
+        key = (
+            type(pruner),
+            job.written,
+            layout.images,
+            layout.image_sample,
+            batch,
+            embeds.dtype,
+            embeds.shape[-1],
+            kinds,
+        )
+        times = self.met.get(key, 0) + 1
+        if times <= CAPTURED_AFTER:  # a capture takes as long as many prefills, and others would have to make room
+            remember(self.met, key, times, 8 * MAX_GRAPHS)
+            raise Unfit("captured when pictures of these shapes come again")
+
+        def make() -> Captured:
+            template = call.seen()
+            features = torch.zeros_like(template.features)
+            given = {probe: torch.zeros_like(value) for probe, value in probes.items()}
+
+            def work() -> tuple[Any, ...]:
+                ctx = {"image_lens": template.image_lens}
+                tokens = replace(template, features=features, probes=dict(given), ctx=ctx)
+                found, kept = type(job).select(job, tokens, stage, batch)
+                return found.index, found.cu_seqlens, found.order, found.features, found.info, kept
+
+            replay, static = Replay(work, self.device, self.choices.pool), (features, *given.values())
+            return Captured(replay, static, replay.out, sum(t.nbytes for t in static))
+
+        def fill(features: Tensor, *given: Tensor) -> None:
+            rows = embeds.detach().reshape(-1, embeds.shape[-1])
+            torch.index_select(rows, 0, placed.position, out=features)
+            for static, value in zip(given, probes.values(), strict=True):
+                static.copy_(value)
+
+        index, cu_seqlens, order, features, info, kept = self.choices.run(key, make, fill, _copied)
+        return Selection(index, cu_seqlens, order, features, info), kept
 
     # -- the vision tower ---------------------------------------------------------------------------------------------
 
@@ -634,21 +718,23 @@ class PrefillGraphs:
             replay = Replay(work, self.device, self.tower_shelf.pool)
             return Captured(replay, (static,), replay.out, static.nbytes)
 
-        def take(out: Any) -> Any:
-            leaves, spec = pytree.tree_flatten(out)
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            copies = [torch.empty_like(t) for t in tensors]
-            torch._foreach_copy_(copies, tensors)
-            fresh = iter(copies)
-            return pytree.tree_unflatten([next(fresh) if isinstance(x, Tensor) else x for x in leaves], spec)
-
         key = (tuple(pixels.shape), pixels.dtype, wanted, tuple(sorted(given.items(), key=lambda item: item[0])))
         if key not in self.tower_shelf.graphs:
             self.tower_modules.check(ours)
-        out, captured = self.tower_shelf.run(key, make, lambda static: static.copy_(pixels), take)
+        out, captured = self.tower_shelf.run(key, make, lambda static: static.copy_(pixels), _copied)
         self.tower_modules.check(ours)  # while the GPU is at it; what it reads is held below, whatever was moved
         self.tap.hand_over(captured)
         return out
+
+
+def _copied(out: Any) -> Any:
+    """The same with every tensor in memory of its own."""
+    leaves, spec = pytree.tree_flatten(out)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    copies = [torch.empty_like(t) for t in tensors]
+    torch._foreach_copy_(copies, tensors)
+    fresh = iter(copies)
+    return pytree.tree_unflatten([next(fresh) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
 class _Modules:

@@ -33,7 +33,7 @@ class Placed(NamedTuple):
     others: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchLayout:
     """Where the visual tokens of a batch are; host arrays, rows as in `VisualTokens`.
 
@@ -49,6 +49,10 @@ class BatchLayout:
         Per modality, the encoder row of each of its visual tokens, and which flat rows these are.
     last : np.ndarray
         ``[B]`` slot of each sample's last placeholder, -1 without one.
+    images
+        The layout of each image.
+    sample_lens : np.ndarray
+        ``[B]`` visual tokens of each sample.
     """
 
     position: np.ndarray
@@ -64,6 +68,8 @@ class BatchLayout:
     image_grid: tuple[tuple[int, int, int], ...]
     image_size: tuple[tuple[int, int] | None, ...]
     last: np.ndarray
+    images: tuple[ImageLayout, ...]
+    sample_lens: np.ndarray
     made: Constants = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, device: torch.device, batch: int, length: int) -> Placed:
@@ -194,4 +200,6 @@ def match(
         image_grid=tuple(layout.grid for _, _, layout, _, _ in found),
         image_size=tuple(layout.size for _, _, layout, _, _ in found),
         last=last,
+        images=tuple(layout for _, _, layout, _, _ in found),
+        sample_lens=np.bincount(position // max(length, 1), minlength=any_mask.shape[0]),
     )

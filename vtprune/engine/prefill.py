@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from .layout import Placed
 from .report import Trace
 
 if TYPE_CHECKING:
+    from ..tokens import Selection
     from .call import Call
 
 
@@ -135,6 +137,8 @@ class Prompt(NamedTuple):
         ``valid.sum(1)``.
     placed
         Where its visual tokens are.
+    visual : np.ndarray
+        ``[B]``, how many each sample has.
     unpadded
         Whether all of it is valid.
     starts_with_text
@@ -146,13 +150,19 @@ class Prompt(NamedTuple):
     valid: Tensor
     rows: np.ndarray
     placed: Placed
+    visual: np.ndarray
     unpadded: bool
     starts_with_text: bool
     tail: int
 
 
 def prune_prompt(
-    family: Family, call: Call, kw: dict[str, Any], before: pos.CacheState | None, prompt: Prompt
+    family: Family,
+    call: Call,
+    kw: dict[str, Any],
+    before: pos.CacheState | None,
+    prompt: Prompt,
+    graph: Callable[[], tuple[Selection, np.ndarray] | None] | None = None,
 ) -> None:
     """Choose among the visual tokens of a prompt and hand the text model the packed rest, through `kw`.
 
@@ -162,20 +172,21 @@ def prune_prompt(
         Arguments of the text model; changed in place.
     before
         State of the cache that the prompt extends, if it was pruned already.
+    graph
+        As in `Job.select`.
     """
-    job, tokens, embeds, valid = call.job, call.tokens, kw["inputs_embeds"], prompt.valid
-    assert tokens is not None
+    job, embeds, valid = call.job, kw["inputs_embeds"], prompt.valid
     batch, length, width = embeds.shape
     positions, next_original = prompt_positions(family, call, kw.get("position_ids"), before, prompt)
 
     keep, counts, position = valid, prompt.rows, prompt.placed.position
     stage = None if job is None else job.projector_stage
     if job is not None and stage is not None:
-        selection, kept = job.select(tokens, stage, batch)
+        selection, kept = job.select(call.seen, stage, batch, graph)
         call.trace.append(Trace(stage, selection.index, selection.order, selection.info))
-        counts = counts - tokens.sample_lens(batch) + kept
+        counts = counts - prompt.visual + kept
         if kw.get("deepstack_visual_embeds") is not None:
-            keep_deepstack(kw, tokens.source[selection.index])
+            keep_deepstack(kw, prompt.placed.source[selection.index])
         text = prompt.placed.others if prompt.unpadded else prompt.placed.others & valid
         position = position.index_select(0, selection.index)
         # Not ``keep.view(-1)[position] = True``: that copies the number to the device, and waits for it.
@@ -184,7 +195,7 @@ def prune_prompt(
             merged = selection.features.to(embeds.dtype)
             embeds = embeds.reshape(-1, width).index_copy(0, position, merged).view(batch, length, width)
         if job.layer_stages:
-            tokens = tokens.subset(selection.index, selection.cu_seqlens)
+            call.tokens = call.seen().subset(selection.index, selection.cu_seqlens)
     plan = pack(keep, counts.tolist(), prompt.starts_with_text)
     if kw.get("visual_pos_masks") is not None:
         kw["visual_pos_masks"] = gather(kw["visual_pos_masks"], plan.index, 1) & plan.valid
@@ -197,7 +208,6 @@ def prune_prompt(
 
     call.packs.append(plan)
     call.counts.append(counts.tolist())
-    call.tokens = tokens
     call.slots = functools.partial(plan.move, position)
     call.text_slots = None if call.text_slots is None else plan.move(call.text_slots)
     masks, full = (before.masks, before.full) if before is not None else past_masks(kw, call.past, valid)

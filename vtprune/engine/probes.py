@@ -347,9 +347,8 @@ def _words(embeds: Tensor) -> np.ndarray:
     return same.view(embeds.shape[:2]).cpu().numpy()
 
 
-def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, placed: Placed) -> VisualTokens:
-    """What a pruner sees of the prompt ``embeds [B, L, D]``; `placed` is the layout on its device."""
-    device = embeds.device
+def probes_of(call: Call, layout: BatchLayout) -> dict[Probe, Tensor]:
+    """What was captured of the encoder, in the order of the tokens."""
     probes: dict[Probe, Tensor] = {}
     for modality in layout.raw:
         for probe, value in call.encodings[modality].probes.items():
@@ -367,6 +366,12 @@ def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, p
     for probe, value in probes.items():
         if probe.name == PRE_PROJECTOR.name:
             probes[probe] = value.reshape(-1, value.shape[-1])
+    return probes
+
+
+def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, placed: Placed) -> VisualTokens:
+    """What a pruner sees of the prompt ``embeds [B, L, D]``; `placed` is the layout on its device."""
+    device, probes = embeds.device, probes_of(call, layout)
     tokens = VisualTokens(
         features=embeds.detach().reshape(-1, embeds.shape[-1]).index_select(0, placed.position),
         seqlens=layout.seqlens,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ._jit import constant
+from ._jit import constant, on_device
 from .memory import spare
 
 #: Pools with more rows get no N x N matrix of cosines; each pick computes the one column that it needs.
@@ -70,9 +70,8 @@ def pools_of(rows: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Pools:
 
 
 def ints(values: Sequence[int], device: torch.device) -> Tensor:
-    """Host numbers on a device, int64, without waiting for it."""
-    # torch.tensor(..., device=device) would wait for the device.
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    """Host numbers on a device, int64, without waiting for it; not to be written to."""
+    return on_device(values, device)
 
 
 def pad(values: Tensor, pools: Pools, fill: float) -> Tensor:

@@ -31,7 +31,7 @@ _MOST_LAYOUTS = 64
 Put = Callable[[Probe, Callable[[], Tensor]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageLayout:
     """How the placeholders of one image (or video) map to visual tokens; host arrays.
 
