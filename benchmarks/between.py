@@ -22,6 +22,7 @@ import torch
 from vtprune import bench
 from vtprune.bench import runner
 from vtprune.bench.clocks import Times, timed_runs
+from vtprune.bench.shapes import default_size
 from vtprune.config import PruneConfig
 from vtprune.engine import graph
 from vtprune.engine.attach import attached
@@ -93,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     graph.TUNED_ROWS = 0  # tuning takes a minute, and gives nothing here
     model = bench.build(args.preset, torch.device(args.device))
-    size = runner.default_size(args.preset, model)
+    size = default_size(args.preset, model)
     inputs = bench.make_inputs(model, 1, size)
     keep = KEEP.get(args.preset, 1 / 9)
     lines = {"ideal": runner.ideal(model, inputs, keep, "k", "graph")}
