@@ -586,7 +586,7 @@ class PrefillGraphs:
         if [len(rows.flatten(0, 1)) for rows in features] != [layout.raw_length for layout in layouts]:
             return original(features, sizes, *args, **kwargs)
         packed = []
-        for rows, size, layout in zip(features, sizes.tolist(), layouts, strict=True):
+        for rows, size, layout in zip(features, torch.as_tensor(sizes).tolist(), layouts, strict=True):
 
             def make(layout: ImageLayout = layout) -> tuple[Tensor, ...]:
                 source = np.zeros(layout.length, np.int64)
