@@ -732,7 +732,10 @@ def _copied(out: Any) -> Any:
     leaves, spec = pytree.tree_flatten(out)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     copies = [torch.empty_like(t) for t in tensors]
-    torch._foreach_copy_(copies, tensors)
+    # One launch for each dtype: in a mixed list PyTorch copies tensor by tensor.
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        into, from_ = ([t for t in some if t.dtype == dtype] for some in (copies, tensors))
+        torch._foreach_copy_(into, from_)
     fresh = iter(copies)
     return pytree.tree_unflatten([next(fresh) if isinstance(x, Tensor) else x for x in leaves], spec)
 

@@ -111,9 +111,7 @@ class EncoderTap:
     def _wrap(self, name: str) -> Callable[..., Any]:
         original = getattr(self.family.inner, name)
         modality = name.split("_")[1]
-        signature = inspect.signature(original)
-
-        order = list(signature.parameters)
+        order = list(inspect.signature(original).parameters)
 
         def encode(args: Any, kwargs: Any, inputs: dict[str, Any]) -> tuple[Any, Encoding]:
             for key in self.family.host_inputs:
@@ -141,7 +139,7 @@ class EncoderTap:
         def features(*args: Any, **kwargs: Any) -> Any:
             if self.local.captured is not None:  # one of them goes through another (Qwen3-VL): the outer one notes it
                 return original(*args, **kwargs)
-            inputs = {**signature.bind(*args, **kwargs).arguments, **kwargs}
+            inputs = {**dict(zip(order, args, strict=False)), **kwargs}
             pixels = next((inputs[k] for k in PIXEL_KEYS if k in inputs), None)
             memory = self.local.memory
             known = None if memory is None else memory.get(name)
