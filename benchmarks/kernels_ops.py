@@ -59,15 +59,18 @@ def add_change(estimator: str, n: int, m: int, widths: tuple[int, int, int], tin
         directions = nn.functional.normalize(normal(m, d_v, device=device, seed=4).float(), dim=1)
         # "bent": a step so long that the parabola is needed.
         h = {"fd": 0.01, "fd bent": 1.0, "jvp": 0.0}[estimator]
-        many = normal(min(m * n, 1 << 16), d_h, device=device)  # a share, if all would not fit
-        passes = max(1, m * n // len(many))
+        passes = -(-m * n // (1 << 16))  # in shares, if all would not fit
+        many = normal(-(-m * n // passes), d_h, device=device)
 
         def product() -> None:
             for _ in range(passes):
                 torch.mm(many, layers.outer.T)
 
         naive = (lambda: naive_change(x, layers, directions, h)) if h else None
-        return Work(lambda: sensitivity.mean_change(x, layers, directions, h), naive, product, graph=True)
+        short = layers._replace(outer=sensitivity.triangle(layers.outer))  # once per checkpoint
+        return Work(
+            lambda: sensitivity.mean_change(x, short, directions, h, triangular=True), naive, product, graph=True
+        )
 
 
 def add_frobenius(n: int, widths: tuple[int, int, int], target: float | None, tiny: bool = False) -> None:

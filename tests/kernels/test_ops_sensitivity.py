@@ -98,6 +98,25 @@ def test_more_directions_than_a_tile() -> None:
     check(*problem(n=2, m=67, d_h=20, d=20), 0.01)
 
 
+@pytest.mark.parametrize(("h", "d_h", "d"), [(0.0, 70, 50), (0.01, 200, 300), (3.0, 50, 70)])
+def test_a_triangle_stands_for_the_second_layer(
+    h: float, d_h: int, d: int, poison: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "_CHANGE", (32, 16, 32, 16, 4))  # several blocks of rows
+    x, layers, directions = problem(n=3, d_h=d_h, d=d)
+    factor = op.triangle(layers.outer)
+    assert factor.shape == (min(d, d_h), d_h) and factor.dtype == layers.outer.dtype
+    wide = factor.double()
+    torch.testing.assert_close(wide.T @ wide, layers.outer.double().T @ layers.outer.double(), rtol=0, atol=5e-3)
+    got = op.mean_change(x, layers._replace(outer=factor), directions, h, triangular=True, backend="triton")
+    close(got, op.reference_change(x.double(), doubled(layers), directions.double(), h), 4e-3)
+    # What is passed over is not read.
+    factor.masked_fill_(torch.ones_like(factor).tril(-33).bool(), math.nan)
+    assert torch.equal(
+        op.mean_change(x, layers._replace(outer=factor), directions, h, triangular=True, backend="triton"), got
+    )
+
+
 def test_a_broken_row_spoils_only_itself(poison: None) -> None:
     x, layers, directions = problem(n=4)
     sound = op.mean_change(x, layers, directions, 0.01, backend="triton")
@@ -113,6 +132,24 @@ def test_frobenius(poison: None) -> None:
     gram = gram_of(layers)
     got = op.mean_square_change(x, layers, gram.float(), backend="triton")
     close(got, op.reference_frobenius(x.double(), doubled(layers), gram), 1e-2)
+    x[1, 3] = math.nan
+    broken = op.mean_square_change(x, layers, gram.float(), backend="triton")
+    assert broken[1].isnan()
+    assert torch.equal(broken[[0, 2, 3, 4]], got[[0, 2, 3, 4]])
+
+
+def test_frobenius_over_several_blocks_and_of_other_dtypes(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+    monkeypatch.setattr(op, "_FORM", (32, 32, 16, 4, 2))
+    monkeypatch.setattr(op, "_SLOPE", (16, 32, 16, 4, 2))
+    for d_h in (64, 70):
+        x, layers, _ = problem(n=37, d_h=d_h, d_v=20)
+        gram = gram_of(layers)
+        want = op.reference_frobenius(x.double(), doubled(layers), gram)
+        close(op.mean_square_change(x, layers, gram.float(), backend="triton"), want, 1e-2)
+        # fp32 rows go another way.
+        close(op.mean_square_change(x.float(), layers, gram.float(), backend="triton"), want, 1e-2)
+        alone = op.mean_square_change(x[3:4], layers, gram.float(), backend="triton")
+        assert torch.equal(alone, op.mean_square_change(x, layers, gram.float(), backend="triton")[3:4])
 
 
 def test_no_rows_and_what_does_not_fit() -> None:

@@ -11,7 +11,8 @@ The projector is ``W2 act(W1 x + b1) + b2``. With ``a = W1 x + b1`` and ``c_j = 
 
 The kernel of the first two is one matrix product of ``[m N, D_h]`` with W2. A tile of its left side is made when it is
 needed, and only the squared length of each row of the product is kept: neither ``m N D_h`` nor ``m N D`` numbers are
-ever written. Every tile is made once per block of W2's rows, so it has to be cheap: two evaluations of an activation
+ever written. Lengths do not change if W2 becomes the triangle R of its QR decomposition (`triangle`), whose zeros need
+not be multiplied. Every tile is made once per block of rows, so it has to be cheap: two evaluations of an activation
 per number would take longer than the product. Instead each token and neuron gets the parabola in the step that the
 central difference follows::
 
@@ -25,14 +26,14 @@ multiplication. The device decides, and the host need not know: both forms are l
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ._jit import describable, descriptor, device_of, jit, multipliable, precise, stages_for, tl, triton
-from .dispatch import forgiving, resolve
+from ._jit import device_of, jit, multipliable, precise, remember, stages_for, tl, triton
+from .dispatch import forgiving, half, resolve
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -53,7 +54,9 @@ class Layers(NamedTuple):
 
 @forgiving
 @torch.no_grad()
-def mean_change(rows: Tensor, layers: Layers, directions: Tensor, h: float, *, backend: str = "auto") -> Tensor:
+def mean_change(
+    rows: Tensor, layers: Layers, directions: Tensor, h: float, *, triangular: bool = False, backend: str = "auto"
+) -> Tensor:
     """Mean length of the projector's change per unit step, over directions that all tokens share.
 
     Parameters
@@ -67,6 +70,8 @@ def mean_change(rows: Tensor, layers: Layers, directions: Tensor, h: float, *, b
         ``[m, d_v]`` of unit length.
     h
         Step of the central difference (``fd_fused``); 0: the derivative (``jvp``).
+    triangular
+        ``layers.outer`` has zeros below its diagonal, see `triangle`: Triton passes over them, half of the work.
 
     Returns
     -------
@@ -78,8 +83,20 @@ def mean_change(rows: Tensor, layers: Layers, directions: Tensor, h: float, *, b
         raise InputError(f"directions have shape {tuple(directions.shape)}; give [m, {rows.shape[1]}], m from 1 on")
     if not h >= 0:
         raise InputError(f"h={h!r} is no step; give 0 or a number above it")
-    run = _change_triton if resolve(backend, rows) == "triton" else reference_change
-    return run(rows.detach(), Layers(*_detached(layers)), directions.detach(), float(h))
+    rows, layers, directions = rows.detach(), Layers(*_detached(layers)), directions.detach()
+    if resolve(backend, rows) == "triton":
+        return _change_triton(rows, layers, directions, float(h), triangular)
+    return reference_change(rows, layers, directions, float(h))
+
+
+@torch.no_grad()
+def triangle(outer: Tensor) -> Tensor:
+    """An upper triangle R, ``[min(D, D_h), D_h]`` in the dtype of ``outer [D, D_h]``, that can stand for it in lengths.
+
+    ``R^T R = outer^T outer`` (QR decomposition), so ``|| R y || = || outer y ||`` for all y. Once per checkpoint.
+    """
+    wide = torch.promote_types(outer.dtype, torch.float32)
+    return torch.linalg.qr(outer.detach().to(wide), mode="r").R.to(outer.dtype)
 
 
 @forgiving
@@ -92,7 +109,8 @@ def mean_square_change(rows: Tensor, layers: Layers, gram: Tensor, *, backend: s
     rows, layers
         As in `mean_change`.
     gram : Tensor
-        ``[D_h, D_h]``, ``(inner inner^T) * (outer^T outer)``; once per checkpoint. Triton multiplies in bf16.
+        ``[D_h, D_h]``, ``(inner inner^T) * (outer^T outer)``; once per checkpoint. Triton multiplies in bf16, and reads
+        the lower half only.
 
     Returns
     -------
@@ -239,14 +257,15 @@ def _rate_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _change_kernel(  # type: ignore[no-untyped-def]
-    alpha, beta, step, outer, bent, out, tokens, m, width, rows, span,
-    TT: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    CUBIC: tl.constexpr, EITHER: tl.constexpr,
+    alpha, beta, step, outer, bent, out, tokens, m, width, rows, turns,
+    TT: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr, TRIANGLE: tl.constexpr, CUBIC: tl.constexpr, EITHER: tl.constexpr,
 ):  # fmt: skip
-    """Squared lengths ``out [parts, T, m]`` of TT tokens times MB directions, over `span` rows of `outer`.
+    """Squared lengths ``out [PARTS, T, m]`` of TT tokens times MB directions, over some blocks of BN rows of `outer`.
 
-    `alpha`, `beta` and `step` have zeros where they exceed tokens, directions and width; `width` is a multiple of BK.
-    EITHER: of the launches with and without CUBIC, the one that `bent` names has work."""
+    `alpha`, `beta` and `step` have zeros where they exceed tokens, directions and width; `width` is a multiple of BK,
+    and EVEN: `rows` one of BN. TRIANGLE: `outer` has zeros below its diagonal. Parts take blocks of rows to and fro, so
+    that all have as much to do. EITHER: of the launches with and without CUBIC, the one that `bent` names has work."""
     blocks = tl.cdiv(m, MB)
     token = tl.program_id(0) // blocks * TT
     first = tl.program_id(0) % blocks * MB
@@ -255,30 +274,31 @@ def _change_kernel(  # type: ignore[no-untyped-def]
     r = tl.arange(0, BM)
     k = tl.arange(0, BK)
     own = (token + tl.arange(0, TT)).to(tl.int64)[:, None] * width + k[None, :]
-    direction = first + tl.arange(0, MB)
-    low = part * span
-    high = tl.minimum(rows, low + span)
+    steps = step + (first + tl.arange(0, MB))[:, None] * width + k[None, :]
     mine = token + r // MB
     here = (mine < tokens) & (first + r % MB < m)
     if EITHER:
         work = (tl.load(bent) != 0) if CUBIC else (tl.load(bent) == 0)
-        high = tl.where(work, high, low)
+        turns = tl.where(work, turns, 0)
         here = here & work
     total = tl.zeros([BM], dtype=tl.float32)
-    for row in range(low, high, BN):
-        acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for turn in range(0, turns):
+        row = (turn * PARTS + tl.where(turn % 2 == 0, part, PARTS - 1 - part)) * BN
+        low = tl.where(row < rows, row if TRIANGLE else 0, width)
         n = row + tl.arange(0, BN)
-        for start in range(0, width, BK):
+        others = outer + n.to(tl.int64)[:, None] * width + k[None, :]
+        acc = tl.zeros([BM, BN], dtype=tl.float32)
+        for start in range(low, width, BK):
             # No descriptors here: with them Triton 3.6 refills a tile while it is still being read, most often where a
             # tile has 32 directions. A stress test shows it; through pointers it shows nothing in a million sums.
-            t = tl.load(step + direction[:, None] * width + start + k[None, :])
-            other = n.to(tl.int64)[:, None] * width + start + k[None, :]
-            right = tl.load(outer + other, mask=(n < high)[:, None], other=0.0)
-            # Tokens times directions, in half precision: twice the rate of fp32, and no other accuracy.
+            t = tl.load(steps + start)
+            right = tl.load(others + start) if EVEN else tl.load(others + start, mask=(n < rows)[:, None], other=0.0)
+            # Tokens times directions, in half precision: twice the rate of fp32, and no other accuracy. Coefficients
+            # come in fp32, wide enough for an asynchronous copy: in half precision each step would wait for them.
             u = t[None, :, :]
-            x = tl.load(alpha + own + start)[:, None, :]
+            x = tl.load(alpha + own + start).to(t.dtype)[:, None, :]
             if CUBIC:
-                x = x + tl.load(beta + own + start)[:, None, :] * (u * u)
+                x = x + tl.load(beta + own + start).to(t.dtype)[:, None, :] * (u * u)
             acc = tl.dot(tl.reshape(u * x, [BM, BK]), right.T, acc)
         total += tl.sum(acc * acc, 1)
     where = (part * tokens + mine).to(tl.int64) * m + first + r % MB
@@ -286,37 +306,64 @@ def _change_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _frobenius_kernel(  # type: ignore[no-untyped-def]
-    rate, rate_tile, gram, out, tokens, width, factor,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+def _slope_kernel(  # type: ignore[no-untyped-def]
+    x, inner, bias, rate, tokens, width, depth, step_x, step_w,
+    ACT: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``factor sum_k (rate G)_k rate_k`` over BN columns, ``out [parts, T]``; `rate_tile` is `rate` in tiles
-    ``[BM, BN]``."""
-    row = tl.program_id(0) * BM
-    part = tl.program_id(1)
-    col = part * BN
-    r = row + tl.arange(0, BM)
-    n = col + tl.arange(0, BN)
+    """``rate [whole blocks of rows, width]``: act' of ``x inner^T + bias``; rows beyond the last one repeat it."""
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
+    xs = x + tl.minimum(r, tokens - 1).to(tl.int64)[:, None] * step_x + k[None, :]
+    ws = inner + tl.minimum(n, width - 1).to(tl.int64)[:, None] * step_w + k[None, :]
     acc = tl.zeros([BM, BN], dtype=tl.float32)
-    for start in range(0, width, BK):
-        if TMA:
-            left = rate.load([row, start])
-            right = gram.load([col, start])
-        else:
-            at = start + k
-            inside = (at < width)[None, :]
-            own = r.to(tl.int64)[:, None] * width + at[None, :]
-            left = tl.load(rate + own, mask=(r < tokens)[:, None] & inside, other=0.0)
-            other = n.to(tl.int64)[:, None] * width + at[None, :]
-            right = tl.load(gram + other, mask=(n < width)[:, None] & inside, other=0.0)
-        acc = tl.dot(left, right.T, acc)
-    if TMA:
-        mine = rate_tile.load([row, col])
-    else:
-        own = r.to(tl.int64)[:, None] * width + n[None, :]
-        mine = tl.load(rate_tile + own, mask=(r < tokens)[:, None] & (n < width)[None, :], other=0.0)
+    for start in range(0, depth, BK):
+        inside = (start + k < depth)[None, :]
+        a = tl.load(xs + start) if EVEN else tl.load(xs + start, mask=inside, other=0.0)
+        b = tl.load(ws + start) if EVEN else tl.load(ws + start, mask=inside, other=0.0)
+        acc = tl.dot(a, b.T, acc)
+    if BIAS:
+        acc += tl.load(bias + tl.minimum(n, width - 1)).to(tl.float32)[None, :]
+    to = rate + r.to(tl.int64)[:, None] * width + n[None, :]
+    tl.store(to, _derivative(acc, ACT).to(rate.dtype.element_ty), mask=(n < width)[None, :])
+
+
+@jit
+def _form_kernel(  # type: ignore[no-untyped-def]
+    rate, gram, out, tokens, width, parts, factor,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """``factor g^T G g`` with BN rows of the lower half of a symmetric G, ``out [parts, T]``; g are rows of `rate`,
+    which has whole blocks of them.
+
+    Those with the longest rows come first: what is short fills the gaps."""
+    part = parts - 1 - tl.program_id(1)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = part * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    left = rate + r.to(tl.int64)[:, None] * width + k[None, :]
+    right = gram + tl.minimum(n, width - 1).to(tl.int64)[:, None] * width + k[None, :]
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for start in range(0, part * BN, BK):  # whole blocks: nothing to mask
+        acc = tl.dot(tl.load(left + start), tl.load(right + start).T, acc)
+    acc = acc * 2.0  # the upper half
+    for start in range(part * BN, part * BN + BN, BK):
+        inside = (start + k < width)[None, :]
+        a = tl.load(left + start) if EVEN else tl.load(left + start, mask=inside, other=0.0)
+        b = tl.load(right + start) if EVEN else tl.load(right + start, mask=inside, other=0.0)
+        acc = tl.dot(a, b.T, acc)
+    own = rate + r.to(tl.int64)[:, None] * width + n[None, :]
+    mine = tl.load(own) if EVEN else tl.load(own, mask=(n < width)[None, :], other=0.0)
     tl.store(out + part * tokens + r, tl.sum(acc * mine.to(tl.float32), 1) * factor, mask=r < tokens)
+
+
+@jit
+def _root_kernel(parts_of, out, tokens, parts, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in range(0, parts):
+        total += tl.load(parts_of + part * tokens + t, mask=t < tokens, other=0.0)
+    tl.store(out + t, tl.sqrt(tl.where(total < 0.0, 0.0, total)), mask=t < tokens)  # NaN stays
 
 
 def _affine(rows: Tensor, weight: Tensor) -> Tensor:
@@ -375,10 +422,15 @@ def _padded(x: Tensor, rows: int, width: int) -> Tensor:
 _CHANGE = (128, 64, 256, 64, 8)
 _STAGES = (4, 3)
 _PARTS = 4
-_FROBENIUS = (128, 256, 64, 8, 3)
+#: Rows, columns, step along the width, warps and stages: of the rates, of the form.
+_SLOPE = (64, 128, 64, 4, 4)
+_FORM = (64, 128, 64, 4, 4)
+#: The launches of `mean_square_change` by shape and place, the oldest go first.
+_LAUNCHES: dict[Any, tuple[Any, ...]] = {}
+_MOST_LAUNCHES = 256
 
 
-def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float) -> Tensor:
+def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float, triangular: bool) -> Tensor:
     outer = layers.outer
     dtype = outer.dtype if outer.dtype == torch.float16 else torch.bfloat16
     tokens, m, width = rows.shape[0], len(directions), outer.shape[1]
@@ -393,38 +445,76 @@ def _change_triton(rows: Tensor, layers: Layers, directions: Tensor, h: float) -
         mb = max(16, min(most, triton.next_power_of_2(m)))
         tt, blocks = bm // mb, -(-m // mb)
         tiles = -(-tokens // tt)
-        alpha, beta, bent = _rates(rows, layers, outer.dtype, (tiles * tt, pitch), longest, h)
+        alpha, beta, bent = _rates(rows, layers, torch.float32, (tiles * tt, pitch), longest, h)
         step = step.div_(longest.clamp(min=1e-30)).to(outer.dtype)
         step = _padded(step, blocks * mb, pitch)
         # As many parts for few tokens as for many, so that a token's sum is always the same.
-        span = -(-outer.shape[0] // (bn * _PARTS)) * bn
-        parts = -(-outer.shape[0] // span)
-        out = torch.empty(parts, tokens, m, dtype=torch.float32, device=rows.device)
+        turns = -(-outer.shape[0] // (bn * _PARTS))
+        out = torch.empty(_PARTS, tokens, m, dtype=torch.float32, device=rows.device)
         for cubic in (False, True) if h else (False,):
-            stages = stages_for(rows, _STAGES[cubic], 2 * bk * (bn + mb))
-            _change_kernel[(tiles * blocks, parts)](
-                alpha, beta, step, outer, bent, out, tokens, m, pitch, outer.shape[0], span, TT=tt, MB=mb, BN=bn,
-                BK=bk, CUBIC=cubic, EITHER=h > 0, num_warps=warps, num_stages=stages,
+            stages = stages_for(rows, _STAGES[cubic], 2 * bk * (bn + mb) + 4 * bk * tt * (1 + cubic))
+            _change_kernel[(tiles * blocks, _PARTS)](
+                alpha, beta, step, outer, bent, out, tokens, m, pitch, outer.shape[0], turns, TT=tt, MB=mb, BN=bn,
+                BK=bk, PARTS=_PARTS, EVEN=outer.shape[0] % bn == 0, TRIANGLE=triangular, CUBIC=cubic, EITHER=h > 0,
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
         return out.sum(0).sqrt_().mean(1)
 
 
 def _frobenius_triton(rows: Tensor, layers: Layers, gram: Tensor) -> Tensor:
-    tokens, width = rows.shape[0], gram.shape[0]
+    inner, bias, act, _ = layers
+    (tokens, depth), width = rows.shape, gram.shape[0]
     if not tokens:
         return torch.zeros(0, dtype=torch.float32, device=rows.device)
     with precise(rows), device_of(rows):
-        rate = multipliable(_rates(rows, layers, torch.bfloat16, (tokens, width), None, 0.0)[0])
         gram = multipliable(gram.to(torch.bfloat16).contiguous())
-        bm, bn, bk, warps, stages = _FROBENIUS
-        parts = -(-width // bn)
-        tma = describable(rate, gram)
-        out = torch.empty(parts, tokens, dtype=torch.float32, device=rows.device)
-        left, tile, right = rate, rate, gram
-        if tma:
-            left, tile, right = descriptor(rate, [bm, bk]), descriptor(rate, [bm, bn]), descriptor(gram, [bn, bk])
-        _frobenius_kernel[(-(-tokens // bm), parts)](
-            left, tile, right, out, tokens, width, 1.0 / rows.shape[1], BM=bm, BN=bn, BK=bk, TMA=tma, num_warps=warps,
+        high, parts = -(-tokens // _FORM[0]) * _FORM[0], -(-width // _FORM[1])
+        # What is multiplied as it is needs one launch.
+        kind = activation(act) if rows.dtype == inner.dtype and half(rows) else None
+        between = torch.empty(parts, tokens, dtype=torch.float32, device=rows.device)
+        out = torch.empty(tokens, dtype=torch.float32, device=rows.device)
+        if kind is not None:
+            rows, inner = (x if x.stride(1) == 1 else x.contiguous() for x in (multipliable(rows), multipliable(inner)))
+            covered = -(-high // _SLOPE[0]) * _SLOPE[0]
+            rate = torch.empty(covered, width, dtype=gram.dtype, device=rows.device)
+        else:
+            rate = multipliable(_rates(rows, layers, torch.bfloat16, (high, width), None, 0.0)[0])
+        slope_of, form, root = _launches(rows, inner, bias, gram, kind, high, _SLOPE, _FORM)
+        if slope_of is not None:
+            slope_of(
+                rows, inner, inner if bias is None else bias, rate, tokens, width, depth, rows.stride(0),
+                inner.stride(0),
+            )  # fmt: skip
+        form(rate, gram, between, tokens, width, parts, 1.0 / depth)
+        root(between, out, tokens, parts)
+        return out
+
+
+def _launches(
+    rows: Tensor, inner: Tensor, bias: Tensor | None, gram: Tensor, kind: str | None, high: int,
+    slope_tile: tuple[int, ...], form_tile: tuple[int, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The launches of `mean_square_change`, the first of them None if `kind` is; see `gram.Launch`."""
+    from .gram import Launch  # needs Triton
+
+    (tokens, depth), width = rows.shape, gram.shape[0]
+    weights = (rows, inner, gram) if bias is None else (rows, inner, gram, bias)
+    key = (
+        rows.shape, rows.stride(), rows.device, kind, width, inner.stride(0), slope_tile, form_tile,
+        *((x.dtype, x.data_ptr() % 16) for x in weights),
+    )  # fmt: skip
+    found = _LAUNCHES.get(key)
+    if found is None:
+        am, an, ak, warps, stages = slope_tile
+        first = None if kind is None else Launch(
+            _slope_kernel, (-(-high // am), -(-width // an)), (kind, bias is not None, depth % ak == 0, am, an, ak),
+            num_warps=warps, num_stages=stages_for(rows, stages, 2 * ak * (am + an)),
+        )  # fmt: skip
+        bm, bn, bk, warps, stages = form_tile
+        second = Launch(
+            _form_kernel, (high // bm, -(-width // bn)), (bm, bn, bk, width % bn == 0), num_warps=warps,
             num_stages=stages_for(rows, stages, 2 * bk * (bm + bn)),
         )  # fmt: skip
-        return out.sum(0).clamp_(min=0).sqrt_()
+        found = first, second, Launch(_root_kernel, (-(-tokens // 128),), (128,), num_warps=4)
+        remember(_LAUNCHES, key, found, _MOST_LAUNCHES)
+    return found

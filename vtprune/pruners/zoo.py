@@ -295,11 +295,12 @@ def _has_kernel(layers: Layers) -> bool:
 
 def _by_kernel(layers: Layers, rows: Tensor, directions: Tensor, h: float, estimator: str) -> Tensor:
     weights = op.Layers(layers[0].weight, layers[0].bias, layers[1], layers[2].weight)
-    if estimator == "frobenius":
-        with torch.autocast(rows.device.type, enabled=False):
-            gram = _gram(layers, torch.float32, torch.bfloat16)
-        return op.mean_square_change(rows, weights, gram)
-    return op.mean_change(rows, weights, directions, h if estimator == "fd_fused" else 0.0)
+    with torch.autocast(rows.device.type, enabled=False):
+        if estimator == "frobenius":
+            return op.mean_square_change(rows, weights, _gram(layers, torch.float32, torch.bfloat16))
+        known = not _unversioned(layers)  # else the triangle, worth ten products, would be made again and again
+        weights = weights._replace(outer=_triangle(layers)) if known else weights
+        return op.mean_change(rows, weights, directions, h if estimator == "fd_fused" else 0.0, triangular=known)
 
 
 Change = Callable[[Tensor], Tensor]
@@ -365,24 +366,40 @@ def _slope(act: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return torch.func.jvp(act, (at,), (torch.ones_like(at),))[1]
 
 
-#: By the first layer's weight: what both weights were (versions, places), and G.
-_GRAMS: Any = WeakTensorKeyDictionary()
+#: By the first layer's weight: what was made of both weights, and what they were then (versions, places).
+_MADE: Any = WeakTensorKeyDictionary()
+
+
+def _unversioned(layers: Layers) -> bool:
+    """Whether nobody could tell that a weight has changed: tensors of inference mode have no version."""
+    return bool(layers[0].weight.is_inference() or layers[2].weight.is_inference())
+
+
+def _once(layers: Layers, name: tuple[Any, ...], make: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What `make` makes of both weights, once per checkpoint."""
+    inner, outer = layers[0].weight, layers[2].weight
+    if _unversioned(layers):
+        return make(inner.detach(), outer.detach())
+    stamp = [(w.data_ptr(), w._version, w.device) for w in (inner, outer)]
+    made = _MADE.setdefault(inner, {})
+    if name not in made or made[name][0] != stamp:
+        made[name] = stamp, make(inner.detach(), outer.detach())
+    return cast(Tensor, made[name][1])
 
 
 def _gram(layers: Layers, dtype: torch.dtype, kept: torch.dtype | None = None) -> Tensor:
     """G, computed in `dtype` and kept in another if asked to."""
-    kept = kept or dtype
-    inner, outer = layers[0].weight, layers[2].weight
-    known = not (inner.is_inference() or outer.is_inference())  # those have no version
-    stamp = [(w.data_ptr(), w._version, w.device, dtype, kept) for w in (inner, outer)] if known else []
-    old = _GRAMS.get(inner)
-    if known and old is not None and old[0] == stamp:
-        return cast(Tensor, old[1])
-    one, two = inner.detach().to(dtype), outer.detach().to(dtype)
-    gram = ((one @ one.T) * (two.T @ two)).to(kept)
-    if known:
-        _GRAMS[inner] = (stamp, gram)
-    return gram
+
+    def make(inner: Tensor, outer: Tensor) -> Tensor:
+        one, two = inner.to(dtype), outer.to(dtype)
+        return ((one @ one.T) * (two.T @ two)).to(kept or dtype)
+
+    return _once(layers, ("gram", dtype, kept or dtype), make)
+
+
+def _triangle(layers: Layers) -> Tensor:
+    """What stands for W2 in lengths."""
+    return _once(layers, ("triangle",), lambda _, outer: op.triangle(outer))
 
 
 _CURE = "load the projector in floating point on a device, or choose another method or importance"
