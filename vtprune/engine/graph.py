@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from ..models.base import Family
 from ..tokens import Probe
+from . import early
 from . import positions as pos
 
 if TYPE_CHECKING:
@@ -589,18 +590,23 @@ class PrefillGraphs:
         if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
             raise Unfit("autocast, an op counter or another dispatch mode is on")
         ours = {*self.own_hooks(), *(hook.id for hooks in self.tap.hooks.values() for hook in hooks)}
-        wanted = frozenset(self.tap.wanted())
+        wanted, cut = frozenset(self.tap.wanted()), early.cut(self.tap)
+        inputs = (pixels,) if cut is None else (pixels, cut)
 
         def make() -> Captured:
-            static = torch.zeros_like(pixels, memory_format=torch.contiguous_format)
+            static = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
             def work() -> tuple[Any, dict[Probe, Tensor]]:
-                with self.tap.capturing() as captured:
-                    out = original(static, **given)
+                with self.tap.capturing() as captured, early.cutting(self.tap, *static[1:]):
+                    out = original(static[0], **given)
                 return out, captured
 
             replay = Replay(work, self.device, self.tower_shelf.pool)
-            return Captured(replay, (static,), replay.out, static.nbytes)
+            return Captured(replay, tuple(static), replay.out, sum(x.nbytes for x in static))
+
+        def fill(*static: Tensor) -> None:
+            for buffer, x in zip(static, inputs, strict=True):
+                buffer.copy_(x)
 
         def take(out: Any) -> Any:
             leaves, spec = pytree.tree_flatten(out)
@@ -610,10 +616,16 @@ class PrefillGraphs:
             fresh = iter(copies)
             return pytree.tree_unflatten([next(fresh) if isinstance(x, Tensor) else x for x in leaves], spec)
 
-        key = (tuple(pixels.shape), pixels.dtype, wanted, tuple(sorted(given.items(), key=lambda item: item[0])))
+        key = (
+            tuple(pixels.shape),
+            pixels.dtype,
+            wanted,
+            cut is not None,
+            tuple(sorted(given.items(), key=lambda item: item[0])),
+        )
         if key not in self.tower_shelf.graphs:
             self.tower_modules.check(ours)
-        out, captured = self.tower_shelf.run(key, make, lambda static: static.copy_(pixels), take)
+        out, captured = self.tower_shelf.run(key, make, fill, take)
         self.tower_modules.check(ours)  # while the GPU is at it; what it reads is held below, whatever was moved
         self.tap.hand_over(captured)
         return out

@@ -15,6 +15,7 @@ from ..errors import InputError, VTPruneWarning
 from ..kernels.dispatch import resolve
 from ..kernels.pack import gather_rows
 from ..models.base import Family
+from . import early
 from . import positions as pos
 from .report import Trace
 
@@ -144,9 +145,21 @@ def prune_prompt(
 
     keep, counts = valid.clone(), rows
     stage = None if job is None else job.projector_stage
+    left = call.alive  # by the vision tower; None: all
+    if left is not None:
+        keep.view(-1).index_fill_(0, position, False)
+        counts = counts - early.dropped(tokens, batch)
+        position = position[left]
+        keep.view(-1).index_fill_(0, position, True)
+        stage = None if job is None or job.keeps_everything(tokens) else stage
     if job is not None and stage is not None:
         selection, kept = job.select(tokens, stage, batch)
-        call.trace.append(Trace(stage, selection.index, selection.order, selection.info))
+        order = selection.order
+        if left is not None:
+            order = None if order is None else left[order]
+        call.trace.append(
+            Trace(stage, selection.index if left is None else left[selection.index], order, selection.info)
+        )
         counts = counts - tokens.sample_lens(batch) + kept
         keep_deepstack(kw, tokens.source[selection.index])
         # Not ``keep.view(-1)[position] = False``: that copies the number to the device, and waits for it.
