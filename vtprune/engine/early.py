@@ -259,7 +259,8 @@ def whole(captured: dict[Probe, Tensor]) -> dict[Probe, Tensor]:
 
 
 def leave(family: Family, call: Call) -> None:
-    """Take what the tower dropped out of ``call.tokens`` and ``call.slots``, and note it in the trace.
+    """Take what the tower dropped out of ``call.tokens`` and ``call.slots``, and note it in the trace. If that is all
+    that has to go, no stage has anything to do in this call.
 
     How many are left is known without asking the device: of each view, what the tower kept, or all of its tokens where
     padding makes these fewer.
@@ -278,6 +279,8 @@ def leave(family: Family, call: Call) -> None:
     tower = family.plain_tower
     source = "cls" if tower is not None and tower.has_cls else "minus_cosine_to_mean"
     call.trace.append(Trace(TowerStage(block=probe.layer), index, None, {"tower importance": source}))
+    if call.job is not None and call.job.keeps_everything(call.tokens):
+        call.job = replace(call.job, stages=(), layer_probes=frozenset())
 
 
 def dropped(tokens: VisualTokens, batch: int) -> np.ndarray:

@@ -151,7 +151,6 @@ def prune_prompt(
         counts = counts - early.dropped(tokens, batch)
         position = position[left]
         keep.view(-1).index_fill_(0, position, True)
-        stage = None if job is None or job.keeps_everything(tokens) else stage
     if job is not None and stage is not None:
         selection, kept = job.select(tokens, stage, batch)
         order = selection.order
