@@ -154,7 +154,7 @@ def hook(tap: EncoderTap, probe: Left) -> list[Any]:
     def drop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not tap.asks(probe):
             return None
-        if module.training and getattr(module, "gradient_checkpointing", False) and torch.is_grad_enabled():
+        if module.training and getattr(module, "gradient_checkpointing", False):
             raise UnsupportedModelError(
                 "tower_keep does not work with gradient checkpointing in the vision tower, which runs blocks again; "
                 "switch it off or leave tower_keep out"
