@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``tower_keep`` costs in answers and gives in time: patches that leave the vision tower half-way.
 
-    python -m benchmarks.early                           # pocket-llava: six minutes of one core
+    python -m benchmarks.early                           # pocket-llava: nine minutes of one core
     python -m benchmarks.early --shape llava-1.5-7b      # time alone, at that shape with random weights, on a GPU
 
 Each line is one method and budget with one ``tower_keep`` after one block. Accuracy stands beside the same questions
@@ -152,6 +152,37 @@ def accuracy_columns(rows: Sequence[runner.Row], line: Line, whole: Line) -> dic
     return {name: round(value, 4) for name, value in zip(names, (*mean, *gain), strict=True)}
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of docs/bench.md: accuracy with the whole tower, gains without; ratios are medians over the lines."""
+    columns = [(r["task"], r["method"], r["keep"]) for r in rows]
+    columns = list(dict.fromkeys(columns))
+    heads = [f"{task.split('/')[-1]}, `{method}` {keep}" for task, method, keep in columns]
+    out = [
+        f"| tower_keep | after block | tower | first token | {' | '.join(heads)} |",
+        f"|---|---|---|---|{'---|' * len(columns)}",
+    ]
+    for share, layer in dict.fromkeys((r["tower_keep"], r["tower_layer"]) for r in rows):
+        these = {
+            (r["task"], r["method"], r["keep"]): r
+            for r in rows
+            if (r["tower_keep"], r["tower_layer"]) == (share, layer)
+        }
+        ratios = [
+            f"{statistics.median(float(r[name]) for r in these.values()):.2f}"
+            for name in ("vision_ratio", "ttft_ratio")
+        ]
+        cells = []
+        for column in columns:
+            r = {k: float(v) for k, v in these[column].items() if k.startswith(("accuracy", "gain"))}
+            if layer == "":
+                cells.append(f"{100 * r['accuracy']:.1f}")
+                continue
+            cell = f"{100 * r['gain']:+.1f} [{100 * r['gain_low']:+.1f}, {100 * r['gain_high']:+.1f}]"
+            cells.append(f"**{cell}**" if r["gain_high"] < 0 or r["gain_low"] > 0 else cell)
+        out.append(f"| {float(share):g} | {layer} | {' | '.join([*ratios, *cells])} |")
+    return out
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket-llava")
@@ -166,8 +197,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=Path, help="JSONL of every answer, which an interrupted run goes on from")
     parser.add_argument("--commit", default=None)
+    parser.add_argument("--table", type=Path, help="only print the table of a file that was written before")
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args(arguments)
+    if given.table:
+        with given.table.open(encoding="utf-8") as file:
+            print("\n".join(markdown(list(csv.DictReader(file)))))
+        return 0
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
