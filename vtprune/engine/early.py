@@ -106,16 +106,17 @@ def _read(family: Family, inputs: dict[str, Any]) -> tuple[int, ...]:
 
 def views(tap: EncoderTap, layouts: Sequence[ImageLayout], inputs: dict[str, Any]) -> Views | None:
     """What the tower must know of the pictures that it is about to see; None where no patch is to be dropped."""
-    tower = tap.family.plain_tower
-    if tower is None or wanted(tap) is None:
+    if wanted(tap) is None:
         return None
     seen = np.zeros(sum(layout.raw_length for layout in layouts), bool)
     first = 0
     for layout in layouts:
         seen[first + layout.raw] = True
         first += layout.raw_length
-    device = next(tower.module.parameters()).device
-    padding = None if seen.all() else torch.from_numpy(~seen).to(device, non_blocking=True)
+    padding = None if seen.all() else torch.from_numpy(~seen)
+    pixels = inputs.get("pixel_values")
+    if padding is not None and isinstance(pixels, Tensor):
+        padding = padding.to(pixels.device, non_blocking=True)
     return Views(padding, _read(tap.family, inputs))
 
 
@@ -228,7 +229,7 @@ def choose(scores: Tensor, count: int, cut: Tensor | None) -> tuple[Tensor, Tens
     """
     scores = scores.masked_fill(~scores.isfinite(), torch.finfo(torch.float32).min)
     if cut is not None:
-        scores = scores.masked_fill(cut.view(scores.shape), -torch.inf)
+        scores = scores.masked_fill(cut.to(scores.device).view(scores.shape), -torch.inf)
     index = scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
     return index, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, index, True)
 
