@@ -351,6 +351,27 @@ def test_in_a_graph(anywhere: Any, model: nn.Module) -> None:  # noqa: F811
             assert_close(a, b, FP32)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["pocket-llava", "pocket-llava-next"])
+@torch.no_grad()
+def test_in_a_captured_tower(name: str) -> None:
+    """On a GPU: the same patches and logits as eager, whatever the size of the pictures, and so their padding."""
+    model, _ = vtprune.load(name, device="cuda", dtype=torch.float32)
+    sizes = [None] if name == "pocket-llava" else [(500, 672), (672, 500), (672, 672)]
+    prompts = [bench.make_inputs(model, 1, size, 160) for size in (*sizes, *sizes)]
+    expected, found = [], []
+    for where, how in ((expected, None), (found, "graph")):
+        with vtprune.apply(model, "norm", keep=1 / 9, tower_keep=0.5, compile=how) as handle:
+            for inputs in prompts:
+                logits = model(**inputs).logits
+                report = handle.report()
+                where.append((logits, report.tower_left, [s.kept for m in report.images for s in m.segments]))
+                assert how is None or report.compiled["vision tower"].startswith("graph"), report.compiled
+    for (logits, left, kept), (logits_2, left_2, kept_2) in zip(expected, found, strict=True):
+        assert left == left_2 and all(map(np.array_equal, kept, kept_2))
+        assert float((logits - logits_2).abs().max()) <= 2e-3 * float(logits.abs().max())
+
+
 def test_gradients_reach_the_tower(model: nn.Module) -> None:
     inputs = tiny.prompt(model, 1)
     with vtprune.apply(model, "norm", keep=0.5, tower_keep=SHARE, tower_layer=BLOCK):
