@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import vtprune
 from engine.test_graph import anywhere  # noqa: F401  # a fixture
+from vtprune import bench
 from vtprune.engine.attach import engine_of
 from vtprune.engine.early import Left, choose, minus_cosine_to_mean
 from vtprune.errors import ConfigError, UnsupportedModelError

@@ -266,10 +266,12 @@ def leave(family: Family, call: Call) -> None:
     How many are left is known without asking the device: of each view, what the tower kept, or all of its tokens where
     padding makes these fewer.
     """
+    probe = next((p for e in call.encodings.values() for p in e.probes if isinstance(p, Left)), None)
+    if probe is None:
+        return
     tokens, slots = call.tokens, call.slots
     assert tokens is not None and slots is not None
-    probe = next((probe for probe in tokens.probes if isinstance(probe, Left)), None)
-    if probe is None:
+    if probe not in tokens.probes:  # no picture of this prompt
         return
     left = tokens.probes[probe]
     tokens = replace(tokens, probes={p: value for p, value in tokens.probes.items() if p != probe})
