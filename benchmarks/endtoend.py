@@ -162,7 +162,7 @@ class Preset:
     new_tokens: int = 8
     flops: bool = True
     min_runs: int = 10
-    warm_up: int = 3
+    warm_up: int = 4  # the choice of tokens is captured at the third prompt
 
 
 PRESETS = {
@@ -192,7 +192,7 @@ PRESETS = {
         seconds=1,
         new_tokens=0,
         flops=False,
-        min_runs=3,
+        min_runs=7,
         warm_up=1,
     ),
     "variants": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", seconds=6, flops=False, new_tokens=0),

@@ -49,8 +49,9 @@ class PruneConfig:
         The method's own options. Of several methods, every one that has an option of this name gets it.
     compile
         None, or ``"graph"``: on a CUDA device, the vision tower and the prefill of the language model run as CUDA
-        graphs, captured once for each of a few prompt lengths. What cannot run so runs as ever, and
-        `Report.compiled` says why. Results then differ by rounding from those without, at ``keep=1.0`` too.
+        graphs, captured once for each of a few prompt lengths, and so does the choice of tokens of some methods once
+        pictures of the same shapes have come three times. What cannot run so runs as ever, and `Report.compiled` says
+        why. Results then differ by rounding from those without, at ``keep=1.0`` too.
     layer
         Of a vision transformer on its own (timm, open_clip): the block, counted from 0, after which patches go; of
         several, each takes an equal step towards `keep`. None is a third of the way through. Methods that act inside a

@@ -68,6 +68,10 @@ class Pruner:
     ordered: ClassVar[bool] = True
     #: The allocation (see `Budget`) that it takes where nobody asks for another.
     allocation: ClassVar[str] = "equal"
+    #: With ``compile="graph"``, `select` may run as a CUDA graph, replayed on other tokens of the same shapes. Say so
+    #: of a method whose choice is the same launches whatever the values are: nothing is kept between calls, drawn, or
+    #: copied from the host, but through `kernels._jit.constant`. Classes derived from it say so for themselves.
+    capturable: bool = False
     #: Also drop the tokens from the caches of the layers below a stage, once the prompt has gone through all layers.
     prune_early_kv: bool = False
 

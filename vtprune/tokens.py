@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels._jit import on_device
 from .kernels.select import Picks
 
 #: What a segment can be.
@@ -95,9 +96,8 @@ PROJECTOR = Stage()
 
 
 def cu_seqlens_of(lens: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Cumulated lengths with a leading 0, ``[len(lens) + 1]`` int64."""
-    # torch.tensor(..., device=device) would wait for the device.
-    return torch.tensor([0, *accumulate(lens)], dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    """Cumulated lengths with a leading 0, ``[len(lens) + 1]`` int64; shared, not to be written to."""
+    return on_device((0, *accumulate(lens)), torch.get_default_device() if device is None else torch.device(device))
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import vtprune
+from vtprune import registry
 from vtprune.engine import graph
 from vtprune.engine.attach import engine_of
 from vtprune.errors import ConfigError, VTPruneWarning
 from vtprune.models import find_family
+from vtprune.pruners.norm import NormPruner
 
 KEEP = 0.4
 SAME = 2e-5  # fp32; other kernels, the same sums
@@ -253,7 +255,66 @@ def test_no_more_graphs_than_said(anywhere: Any, llava: nn.Module, monkeypatch: 
         for inputs, logits in zip(long, expected, strict=True):
             assert_close(llava(**inputs).logits, logits, SAME)
             assert len(engine_of(find_family(llava)).graphs.shelf.graphs) <= 2
-    assert anywhere.made == 5  # one tower, three lengths, and the first of them again
+    assert anywhere.made == 6  # one tower, one choice of tokens, three lengths, and the first of them again
+
+
+def kept(model: nn.Module) -> list[Any]:
+    return [segment.kept.tolist() for image in vtprune.report(model).images for segment in image.segments]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["norm", "idpruner", "divprune"])
+def test_the_choice_is_captured_for_pictures_of_the_same_shapes(
+    anywhere: Any, model: nn.Module, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the text around them; another number of pictures, or a batch of prompts, is another graph."""
+    monkeypatch.setattr(graph, "CAPTURED_AFTER", 1)
+    rounds = [[tiny.prompt(model, 2, seed, start) for seed, start in ((0, 3), (1, 0), (2, 3), (3, 5))]]
+    rounds.append([tiny.prompt(model, 1, seed) for seed in range(3)])
+    rounds.append([tiny.collate([tiny.prompt(model, 1, 3 + n), tiny.prompt(model, 1, 4 + n)]) for n in range(3)])
+    prompts = [inputs for same in rounds for inputs in same]
+    expected, found, how = [], [], []
+    for where, compile in ((expected, None), (found, "graph")):
+        with vtprune.apply(model, method, keep=KEEP, compile=compile):
+            for inputs in prompts:
+                where.append((model(**inputs).logits, kept(model)))
+                how.append(compiled(model).get("choice of tokens", ""))
+    for (logits, chosen), (logits_2, chosen_2) in zip(expected, found, strict=True):
+        assert chosen == chosen_2
+        assert_close(logits, logits_2, SAME)
+    first = "eager: captured when pictures of these shapes come again"
+    captured = [f"graph; {n} captured, 0 MiB of buffers, 0 MiB of pool" for n in (1, 2, 3)]
+    assert how[len(prompts) :] == [
+        *(first, *[captured[0]] * 3),
+        *(first, *[captured[1]] * 2),
+        *(first, *[captured[2]] * 2),
+    ]
+
+
+class Drawn(NormPruner):
+    """Derived from a method that can be captured, and cannot be itself: what it drew first would be there for ever."""
+
+    def score(self, tokens: Any) -> torch.Tensor:
+        return torch.rand(len(tokens.source))
+
+
+@torch.no_grad()
+def test_what_does_not_say_that_it_can_be_captured_is_not(
+    anywhere: Any, llava: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "CAPTURED_AFTER", 0)
+    inputs = tiny.prompt(llava, 2)
+    for method, options in (("random", {}), ("idpruner", {"importance": "zoo"}), ("drawn", {})):
+        monkeypatch.setitem(registry._METHODS, "drawn", Drawn)
+        with vtprune.apply(llava, method, keep=KEEP, compile="graph", **options):
+            llava(**inputs)
+            assert "does not say that it can be captured" in compiled(llava)["choice of tokens"]
+    with vtprune.apply(llava, "norm", keep=KEEP, compile="graph"):
+        with vtprune.engine.attach.watching(find_family(llava), lambda call: None):
+            llava(**inputs)
+        assert compiled(llava)["choice of tokens"] == "eager: something else looks at the tokens"
+        llava(**inputs)
+        assert compiled(llava)["choice of tokens"].startswith("graph")
 
 
 @torch.no_grad()

@@ -8,19 +8,22 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conformance.helpers import error
+from helpers import Declared
 from torch import nn
 
 import vtprune
-from vtprune import bench
+from vtprune import bench, registry
 from vtprune.bench.clocks import kv_bytes
 from vtprune.budget import ALLOCATIONS
-from vtprune.engine import attach
+from vtprune.engine import attach, graph
+from vtprune.models import find_family
 from vtprune.tokens import PROJECTOR
 
 pytestmark = pytest.mark.gpu
@@ -209,3 +212,67 @@ def test_no_more_memory_than_dense_and_the_cache_shrinks_to_the_byte() -> None:
             peak_now, held_now = run()
         assert peak_now <= peak, method
         assert held_now * (576 + 64) == held * (144 + 64)
+
+
+@dataclass
+class Waiting(Declared):
+    """Says that it can be captured, and waits for the device."""
+
+    capturable = True
+
+    def score(self, tokens: Any) -> torch.Tensor:
+        first = float(tokens.features[0, 0])
+        return tokens.features[:, 0].float() - first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_choice_as_a_graph_is_the_same_to_the_bit(
+    model: nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other pictures and other lengths replay it; another budget, or a batch, is another graph. Everything else runs as
+    the same graphs with it and without, so logits and caches are the same to the bit."""
+    model = model.to(dtype)
+    prompts = [bench.make_inputs(model, batch, None, text) for batch, text in ((1, 64), (1, 70), (1, 120), (2, 64))]
+    for i, inputs in enumerate(prompts):
+        inputs["pixel_values"] = inputs["pixel_values"].roll(1 + i, -1).to(dtype)
+    found: list[list[Any]] = []
+    for after in (1 << 30, 1):
+        monkeypatch.setattr(graph, "CAPTURED_AFTER", after)
+        runs, how = [], []
+        for method, keep in (("norm", KEEP), ("idpruner", KEEP), ("divprune", KEEP), ("norm", 100)):
+            with vtprune.apply(model, method, keep=keep, compile="graph"):
+                for inputs in prompts * 3:
+                    out = model(**inputs, use_cache=True)
+                    keys = [layer.keys.clone() for layer in out.past_key_values.layers]
+                    images = vtprune.report(model).images
+                    chosen = [s.kept.tolist() for image in images for s in image.segments]
+                    order = [s.order.tolist() for image in images for s in image.segments]
+                    runs.append((out.logits.clone(), keys, chosen, order))
+                    how.append(vtprune.report(model).compiled["choice of tokens"].split()[0])
+        found.append(runs)
+        assert how.count("graph;") == (0 if after > 1 else 4 * (len(prompts) * 3 - 2)), how
+    for (logits, keys, chosen, order), (logits_2, keys_2, chosen_2, order_2) in zip(*found, strict=True):
+        assert chosen == chosen_2 and order == order_2
+        assert torch.equal(logits, logits_2)
+        assert all(torch.equal(a, b) for a, b in zip(keys, keys_2, strict=True))
+
+
+@torch.no_grad()
+def test_a_choice_that_waits_runs_without_a_graph_and_spoils_no_other(
+    llava: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "CAPTURED_AFTER", 0)
+    monkeypatch.setitem(registry._METHODS, "waiting", Waiting)
+    inputs = bench.make_inputs(llava)
+    with attach.attached(find_family(llava)):  # what was captured, and refused, stays
+        for method in ("norm", "waiting", "divprune", "norm"):
+            with vtprune.apply(llava, method, keep=KEEP):
+                expected = llava(**inputs).logits
+            with vtprune.apply(llava, method, keep=KEEP, compile="graph"):
+                for _ in range(3):
+                    logits = llava(**inputs).logits
+                    as_graph(llava)
+                    assert error(logits, expected) <= 2e-3 * expected.abs().max()
+                said = vtprune.report(llava).compiled["choice of tokens"]
+            assert said.startswith("eager: capture failed" if method == "waiting" else "graph;"), said

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..engine.attach import engine_of
 from ..models import find_family
 
-WARM_UP, MIN_RUNS, MAX_RUNS = 3, 10, 50
+WARM_UP, MIN_RUNS, MAX_RUNS = 4, 10, 50
 
 
 class Clock:

@@ -32,6 +32,8 @@ from .shapes import default_size, make_inputs
 
 #: Runs in a row before the next line has its turn, where lines take turns.
 BURST = 3
+#: Milliseconds from which on a run is long enough to have a turn of its own.
+SLOW_MS = 200.0
 
 
 @dataclass(frozen=True)
@@ -345,8 +347,8 @@ def measure(
 ) -> Iterator[Row]:
     """Measure `lines` and yield their rows, one as soon as it is there.
 
-    Lines take turns in bursts, so that whatever else the machine does falls on all of them; their rows come at the end.
-    Lines that run as graphs have their time for themselves: a line that leaves the model takes its graphs along.
+    Lines take turns, so that whatever else the machine does falls on all of them; their rows come at the end. Those
+    that run as graphs take turns among themselves, after the others.
 
     Parameters
     ----------
@@ -364,42 +366,45 @@ def measure(
     flops
         Also count the FLOPs of a prefill.
     min_runs, warm_up
-        Fewest timed runs of a line, and runs before them; while lines take turns, one run warms up each turn.
+        Fewest timed runs of a line, and runs before the first of them; one more warms up every later turn, but where a
+        run takes long.
     """
     share, at_once = seconds / max(1, len(lines)), [n for n in concurrency if n > 1]
-    eager = [line for line in lines if not line.compile]
-    if eager:
-        found = [Times() for _ in eager]
-        deadline = time.perf_counter() + share * len(eager)
-        while len(found[0].runs) < min_runs or (len(found[0].runs) < MAX_RUNS and time.perf_counter() < deadline):
-            for line, times in zip(eager, found, strict=True):
-                with line.enter() as running:
-                    timed_runs(model, running.prefill, times, BURST, warm_up=1)
-        for line, times in zip(eager, found, strict=True):
-            with line.enter() as running:
-                yield _measured(model, name, case, line, running, times, new_tokens, flops)
-    # What was captured for one line serves the next one, as long as the engine stays on the model.
-    held = False
+    eager, graphs = ([line for line in lines if bool(line.compile) == how] for how in (False, True))
     with ExitStack() as stack:
-        for line in (line for line in lines if line.compile or at_once):
-            if line.compile and not held:
+        for together in (eager, graphs):
+            if together and together is graphs:  # what was captured stays as long as the engine stays on the model
                 stack.enter_context(attached(find_family(model)))
-                held = True
-            if held and not line.compile:
-                stack.close()
-                held = False
-            with line.enter() as running:
-                if line.compile:
-                    times = Times()
-                    with torch.inference_mode():
-                        for _ in range(warm_up):
-                            running.prefill()
-                    deadline = time.perf_counter() + share
-                    while len(times.runs) < min_runs or (len(times.runs) < MAX_RUNS and time.perf_counter() < deadline):
-                        timed_runs(model, running.prefill, times, BURST, warm_up=0)
+            found = _in_turns(model, together, share * len(together), min_runs, warm_up)
+            for line, times in zip(together, found, strict=True):
+                with line.enter() as running:
                     yield _measured(model, name, case, line, running, times, new_tokens, flops)
-                for threads in at_once:
-                    yield _at_once(model, name, case, line, running, threads, share)
+                    if line.compile:
+                        for threads in at_once:
+                            yield _at_once(model, name, case, line, running, threads, share)
+    for line in eager if at_once else ():
+        with line.enter() as running:
+            for threads in at_once:
+                yield _at_once(model, name, case, line, running, threads, share)
+
+
+def _in_turns(model: nn.Module, lines: Sequence[Line], seconds: float, min_runs: int, warm_up: int) -> list[Times]:
+    """Timed runs of lines that take turns: in bursts, or one by one where a run takes so long that what else the
+    machine does changes from one to the next."""
+    found = [Times() for _ in lines]
+    begin = time.perf_counter()
+    while lines and (
+        len(found[0].runs) < min_runs or (len(found[0].runs) < MAX_RUNS and time.perf_counter() < begin + seconds)
+    ):
+        first = not found[0].runs
+        slow = first or any(times.runs[-1]["ttft"] > SLOW_MS for times in found)
+        count = 1 if slow else min(BURST, MAX_RUNS - len(found[0].runs))
+        for line, times in zip(lines, found, strict=True):
+            with line.enter() as running:
+                timed_runs(model, running.prefill, times, count, warm_up if first else int(not slow))
+        if first:
+            begin = time.perf_counter()  # kernels were compiled, and graphs captured
+    return found
 
 
 def _measured(

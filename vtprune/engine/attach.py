@@ -36,7 +36,7 @@ from .call import Call, Encoded, Job
 from .entry import hold_back
 from .graph import PrefillGraphs, Unfit
 from .layers import enter_layer, prune_cache
-from .prefill import prune_prompt, unpack
+from .prefill import Prompt, prune_prompt, unpack
 from .report import Report, make_report
 
 ATTRIBUTE = "_vtprune_engine"
@@ -314,7 +314,7 @@ class Engine:
         elif state is not None and kw.get("position_ids") is None:
             # A hand-written decoding loop: the model would count positions from the length of the pruned cache.
             new: Any = ids if ids is not None else embeds
-            valid = torch.ones(new.shape[:2], dtype=torch.bool, device=new.device)
+            valid = pos.all_valid(len(new), new.shape[1], new.device)
             kw["position_ids"] = pos.advance(state.next_original, valid)[0]
         return (), kw
 
@@ -354,31 +354,34 @@ class Engine:
     def _prune(self, call: Call, kw: dict[str, Any], state: pos.CacheState | None, valid: Tensor | None) -> bool:
         """A prompt with pictures, on an empty or a filled cache; False where there is nothing to drop."""
         embeds, job = kw["inputs_embeds"], call.job
-        new = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if valid is None else valid
+        new = pos.all_valid(len(embeds), embeds.shape[1], embeds.device) if valid is None else valid
         host_new, host_masks, host_ids = probes.to_host(self.family, call, kw.get("attention_mask"), new)
         layout = probes.match(self.family, call, host_masks, host_ids, embeds)
-        if not host_new.reshape(-1)[layout.position].all():
+        unpadded = bool(host_new.all())
+        if not unpadded and not host_new.reshape(-1)[layout.position].all():
             raise InputError("the attention mask hides visual tokens; mask only padding")
-        position = probes.upload(layout.position, embeds.device)
-        call.tokens = probes.tokens_of(self.family, call, layout, embeds, position)
+        placed = layout.on(embeds.device, *embeds.shape[:2])
+        call.tokens = functools.partial(probes.tokens_of, self.family, call, layout, embeds, placed)
         if self.local.encode is not None or (job is not None and job.pruner.query_aware):
             call.tokens = probes.with_question(
-                self.family, call.tokens, call, layout, embeds, host_new, host_masks, host_ids
+                self.family, call.seen(), call, layout, embeds, host_new, host_masks, host_ids
             )
         if self.local.encode is not None:
-            raise Encoded(call.tokens)
-        call.slots = position
+            raise Encoded(call.seen())
+        call.slots = placed.position
         call.watched = bool(self.local.watchers)
         for watch in self.local.watchers:
             watch(call)
         rows = host_new.sum(1)
         after_last = [int(row[last + 1 :].sum()) for row, last in zip(host_new, layout.last, strict=True) if last >= 0]
         tail = min(after_last, default=0)
+        starts_with_text = unpadded and not any(mask[:, 0].any() for mask in host_masks.values())
+        prompt = Prompt(new, rows, placed, layout.sample_lens, unpadded, starts_with_text, tail)
         if self.local.entry:
             if job is not None:
                 raise ConfigError("visual tokens cannot be injected while they are pruned; leave one of the two blocks")
             self._refuse_inside(call)
-            hold_back(self.family, call, kw, state, new, rows, self.local.entry, tail)
+            hold_back(self.family, call, kw, state, prompt, self.local.entry)
             self._hook_stages(call)
             return True
         if job is not None:  # the report is made when someone asks, so that a forward never waits for it
@@ -399,9 +402,9 @@ class Engine:
         as_graph = self.graphs is not None and job is not None and job.config.compile is not None
         # A graph runs packed prompts, also where nothing is dropped; what the tower dropped is never left in.
         packs = as_graph or _force_pack.get() or bool(call.trace)
-        if not packs and state is None and (job is None or job.keeps_everything(call.tokens)):
+        if not packs and state is None and (job is None or job.keeps_everything(call.seen())):
             if job is not None:
-                self._note_nothing_dropped(job, max(call.tokens.image_lens, default=0))
+                self._note_nothing_dropped(job, max(call.seen().image_lens, default=0))
             return False
         if job is not None and job.layer_stages:
             self._refuse_inside(call)
@@ -410,7 +413,10 @@ class Engine:
                 f"{job.config.label!r} looks at the question, and {call.ahead} candidates of assisted generation came "
                 "along with this prompt; generate without an assistant, or with a method that looks at pictures alone"
             )
-        prune_prompt(self.family, call, kw, state, new, rows, position, tail)
+        choose = None
+        if as_graph and self.graphs is not None and not call.trace:  # what the tower left is another set of rows
+            choose = functools.partial(self.graphs.choose, call, layout, placed, embeds)
+        prune_prompt(self.family, call, kw, state, prompt, choose)
         self._hook_stages(call)
         return True
 
@@ -460,7 +466,7 @@ class Engine:
                 "with a new cache"
             )
         all_valid = valid is None or queries == 1 or bool(valid.all())
-        new = torch.ones(batch, queries, dtype=torch.bool, device=embeds.device) if valid is None else valid
+        new = pos.all_valid(batch, queries, embeds.device) if valid is None else valid
         original, next_original = pos.advance(state.next_original, new)
         positions, next_position = pos.advance(state.next_position, new)
         pos.check_continuation(kw.get("position_ids"), original, new)
@@ -526,9 +532,10 @@ class Engine:
             ignore_dropped(call.labels, slot_of, restore)
         if not restore:
             return None
+        starts = call.packs[0].starts and len(call.packs) == 1
         if isinstance(out, tuple):
-            return (unpack(out[0], slot_of), *out[1:])
-        out.last_hidden_state = unpack(out.last_hidden_state, slot_of)
+            return (unpack(out[0], slot_of, starts), *out[1:])
+        out.last_hidden_state = unpack(out.last_hidden_state, slot_of, starts)
         return out
 
 

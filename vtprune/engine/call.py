@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,11 @@ class Job:
     layer_probes: frozenset[Probe]
     trusted: bool = False  # its first selection was checked pool by pool
 
+    @functools.cached_property
+    def written(self) -> str:
+        """The configuration in words: the same for jobs that do the same."""
+        return self.config.to_json()
+
     def budget_at(self, stage: Stage) -> Budget:
         return self.pruner.stage_budget(self.budget, stage)
 
@@ -71,11 +78,28 @@ class Job:
         """Whether what is kept depends on the text at the end of the prompt."""
         return self.pruner.query_aware or any(probe.name != "hidden" for probe in self.layer_probes)
 
-    def select(self, tokens: VisualTokens, stage: Stage, batch: int) -> tuple[Selection, np.ndarray]:
+    def select(
+        self,
+        tokens: VisualTokens | Callable[[], VisualTokens],
+        stage: Stage,
+        batch: int,
+        graph: Callable[[], tuple[Selection, np.ndarray] | None] | None = None,
+    ) -> tuple[Selection, np.ndarray]:
         """Let the pruner choose; also kept tokens per sample ``[batch]`` as host numbers.
 
         These come from the budget; for adaptive methods they come from the selection, which is one host sync.
+
+        Parameters
+        ----------
+        tokens
+            Or what makes them.
+        graph
+            Does the same as a CUDA graph, or returns None where it cannot.
         """
+        if graph is not None and (replayed := graph()) is not None:
+            return replayed
+        if callable(tokens):
+            tokens = tokens()
         budget = self.budget_at(stage)
         with torch.no_grad():
             selection = choose(self.pruner, tokens, budget, stage)
@@ -163,8 +187,6 @@ class Call:
     past: int = 0
     state: pos.CacheState | None = None
     rotary: Tensor | None = None
-    tokens: VisualTokens | None = None
-    slots: Tensor | None = None
     text_slots: Tensor | None = None
     trace: list[Trace] = field(default_factory=list)
     packs: list[Pack] = field(default_factory=list)
@@ -179,6 +201,35 @@ class Call:
     watched: bool = False
     compiled: dict[str, str] = field(default_factory=dict)
     entered: bool = False
+    # Few look at these, and they take a handful of launches: they may be given as what makes them.
+    _tokens: VisualTokens | Callable[[], VisualTokens] | None = None
+    _slots: Tensor | Callable[[], Tensor] | None = None
+
+    @property
+    def tokens(self) -> VisualTokens | None:
+        if callable(self._tokens):
+            self._tokens = self._tokens()
+        return self._tokens
+
+    @tokens.setter
+    def tokens(self, tokens: VisualTokens | Callable[[], VisualTokens] | None) -> None:
+        self._tokens = tokens
+
+    def seen(self) -> VisualTokens:
+        """The tokens, where there are some."""
+        tokens = self.tokens
+        assert tokens is not None
+        return tokens
+
+    @property
+    def slots(self) -> Tensor | None:
+        if callable(self._slots):
+            self._slots = self._slots()
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: Tensor | Callable[[], Tensor] | None) -> None:
+        self._slots = slots
 
     def left_behind(self, embeds: Tensor | None) -> bool:
         """Whether this is not the forward that calls the text model now, but an earlier one: PyTorch does not call

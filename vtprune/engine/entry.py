@@ -11,14 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedModelError
 from ..models.base import Family
 from . import positions as pos
-from .prefill import Pack, gather, pack, past_masks, prompt_positions
+from .prefill import Pack, Prompt, gather, joined, pack, past_masks, prompt_positions
 
 if TYPE_CHECKING:
     from .call import Call
@@ -62,16 +61,14 @@ def hold_back(
     call: Call,
     kw: dict[str, Any],
     before: pos.CacheState | None,
-    valid: Tensor,
-    rows: np.ndarray,
+    prompt: Prompt,
     layer: int,
-    tail: int,
 ) -> None:
     """Hand the text model the text of a prompt alone, through `kw`, and note what enters before `layer`.
 
     Parameters
     ----------
-    kw, before, valid, rows, tail
+    kw, before, prompt
         As for `prune_prompt`.
     """
     if kw.get("deepstack_visual_embeds") is not None:
@@ -79,13 +76,10 @@ def hold_back(
             "this model adds features of its encoder to the visual tokens of its first layers (DeepStack), where they "
             "would not be yet; visual tokens cannot enter later"
         )
-    embeds, slots = kw["inputs_embeds"], call.slots
+    embeds, slots, valid, rows = kw["inputs_embeds"], call.slots, prompt.valid, prompt.rows
     assert slots is not None
     length, width = embeds.shape[1:]
-    positions = prompt_positions(family, call, kw.get("position_ids"), before, valid)
-    next_original = pos.last_position(positions, valid) + 1
-    if before is not None:  # a row that is all padding stays where it was
-        next_original = torch.maximum(next_original, before.next_original)
+    positions, next_original = prompt_positions(family, call, kw.get("position_ids"), before, prompt)
 
     held = torch.stack(list(call.masks.values())).any(0).to(embeds.device)
     flat = held.reshape(-1).nonzero().squeeze(1)  # waits for the device: this is an experiment, not a way to save time
@@ -120,10 +114,10 @@ def hold_back(
     masks, full = (before.masks, before.full) if before is not None else past_masks(kw, call.past, valid)
     below = {first: max(k for k in masks if k <= first) for first in sorted({*masks, layer})}
     call.state = pos.CacheState(
-        masks={first: torch.cat([masks[k], text.valid], 1) for first, k in below.items()},
+        masks={first: joined(masks[k], text.valid) for first, k in below.items()},
         full={first: full[k] and text.full for first, k in below.items()},
         length=call.past + text.index.shape[1],
-        floor=call.past + text.index.shape[1] - tail,
+        floor=call.past + text.index.shape[1] - prompt.tail,
         prompt_length=(before.prompt_length if before is not None else call.past) + length,
         next_original=next_original,
         next_position=next_original,

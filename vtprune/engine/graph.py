@@ -19,21 +19,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import operator
 import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..models.base import Family
-from ..tokens import Probe
+from ..kernels._jit import Constants, constant, on_device, remember
+from ..models.base import Family, ImageLayout
+from ..models.llava_next import LlavaNext
+from ..tokens import Probe, Selection
 from . import early
 from . import positions as pos
+from .layout import BatchLayout, Placed, upload
+from .probes import probes_of
 
 if TYPE_CHECKING:
     from .call import Call, Job
@@ -51,6 +58,8 @@ DECODERS = (
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 #: Graphs kept per part of the model; the least recently used one makes room.
 MAX_GRAPHS = 8
+#: Prompts with pictures of the same shapes that choose their tokens without a graph, before one is captured.
+CAPTURED_AFTER = 2
 #: Rows of a batch beyond which launches no longer matter and static buffers would cost more than they give.
 MAX_ROWS = 1 << 15
 #: Up to so many rows reading the weights bounds the layer, and tuning the matrix products is worth the wait.
@@ -281,6 +290,7 @@ class Shelf:
                     self.graphs[key] = make()
                     self._count()
                 except Exception as error:  # inductor, Triton and CUDA each raise their own
+                    self.pool = Replay.pool(self.device)  # the allocator may still take the old one for being captured
                     reason = (str(error).strip().splitlines() or ["no reason given"])[0]
                     self.refused[key] = f"capture failed ({type(error).__name__}: {reason})"
                     raise Unfit(self.refused[key]) from error
@@ -350,6 +360,8 @@ class PrefillGraphs:
     ) -> None:
         self.family, self.tap, self.job, self.current, self.own_hooks = family, tap, job, current, own_hooks
         self.local = _Local()
+        self.packings: Constants = {}
+        self.met: dict[Any, int] = {}
         lm = family.lm
         self.device = lm.get_input_embeddings().weight.device
         why = obstacle(self.device) or _unknown(lm)
@@ -367,7 +379,7 @@ class PrefillGraphs:
         self.joined = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
         self.lm_modules = _Modules(lm, ("layers", "norm", "rotary_emb"))
         self.doubtful = False
-        self.shelf = Shelf(self.device)
+        self.shelf, self.choices = Shelf(self.device), Shelf(self.device)
         self.wrapped: list[tuple[Any, str, Any]] = []
         self._wrap(lm, "forward", self._text_forward)
         tower = getattr(family.inner, "vision_tower", None)
@@ -386,6 +398,8 @@ class PrefillGraphs:
             self.tower_shelf = Shelf(self.device)
             self._wrap(tower, "forward", self._tower_forward)
             self._wrap(family.inner, "get_placeholder_mask", self._placeholder_mask)
+            if isinstance(family, LlavaNext):
+                self._wrap(family.inner, "pack_image_features", self._pack_features)
 
     def _wrap(self, module: Any, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(module, name, None)
@@ -410,7 +424,8 @@ class PrefillGraphs:
             if module.__dict__.get(name) is wrapper:
                 delattr(module, name)
         self.wrapped, self.layers = [], []
-        for shelf in (self.shelf, *([] if self.tower_obstacle else [self.tower_shelf])):
+        self.met.clear()
+        for shelf in (self.shelf, self.choices, *([] if self.tower_obstacle else [self.tower_shelf])):
             shelf.close()
         self.lm_modules.held.clear()  # or every layer would be held twice below
         for parameter in self.joined:
@@ -562,6 +577,107 @@ class PrefillGraphs:
             return original(*args, **kwargs)  # which says what is wrong
         return (given["input_ids"] == token).unsqueeze(-1).expand_as(embeds)
 
+    def _pack_features(self, original: Callable[..., Any], features: Any, sizes: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own packing waits for the vision tower, and copies everything three times."""
+        job, newline = self.job(), kwargs.get("image_newline")
+        asked = job is not None and job.config.compile is not None and features[0].device == self.device
+        if not asked or args or newline is None or kwargs.get("vision_feature_select_strategy") != "default":
+            return original(features, sizes, *args, **kwargs)
+        layouts = self.family.layouts("image", {"image_sizes": sizes})
+        if [len(rows.flatten(0, 1)) for rows in features] != [layout.raw_length for layout in layouts]:
+            return original(features, sizes, *args, **kwargs)
+        packed = []
+        for rows, size, layout in zip(features, torch.as_tensor(sizes).tolist(), layouts, strict=True):
+
+            def make(layout: ImageLayout = layout) -> tuple[Tensor, ...]:
+                source = np.zeros(layout.length, np.int64)
+                source[layout.rank] = layout.raw
+                newlines = np.setdiff1d(np.arange(layout.length), layout.rank)
+                return upload(source, self.device), upload(newlines, self.device)
+
+            source, newlines = constant(tuple(size), self.device, make, self.packings)
+            out = rows.flatten(0, 1).index_select(0, source)
+            packed.append(out.index_copy_(0, newlines, newline.to(out).expand(len(newlines), -1)))
+        return packed, on_device([len(rows) for rows in packed], self.device)
+
+    # -- the choice of tokens -----------------------------------------------------------------------------------------
+
+    def choose(
+        self, call: Call, layout: BatchLayout, placed: Placed, embeds: Tensor
+    ) -> tuple[Selection, np.ndarray] | None:
+        """`Job.select` at the projector as a graph; None where that cannot be, or is not worth it yet.
+
+        It depends on the pictures alone, not on the text around them: prompts of any length share it.
+
+        Parameters
+        ----------
+        layout, placed
+            Where the visual tokens are in ``embeds [B, L, D]``.
+        """
+        try:
+            out = self._choose(call, layout, placed, embeds)
+        except Unfit as why:
+            call.compiled["choice of tokens"] = f"eager: {why}"
+            return None
+        call.compiled["choice of tokens"] = f"graph; {self.choices.about}"
+        return out
+
+    def _choose(self, call: Call, layout: BatchLayout, placed: Placed, embeds: Tensor) -> tuple[Selection, np.ndarray]:
+        job = call.job
+        assert job is not None and job.projector_stage is not None
+        stage, pruner, batch = job.projector_stage, job.pruner, embeds.shape[0]
+        # A class derived from one that can be captured may do what cannot.
+        if not ("capturable" in vars(type(pruner)) and pruner.capturable) or pruner.adaptive or pruner.query_aware:
+            raise Unfit(f"{job.config.label!r} does not say that it can be captured")
+        if call.watched or job.layer_stages or job.layer_probes:
+            raise Unfit("something else looks at the tokens")
+        if embeds.device != self.device or not len(layout.position):
+            raise Unfit("there are no tokens on the model's device")
+        if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
+            raise Unfit("autocast, an op counter or another dispatch mode is on")
+        probes = probes_of(call, layout)
+        if any(value.device != self.device for value in probes.values()):
+            raise Unfit("the vision tower is on another device")
+        kinds = tuple((probe, tuple(value.shape), value.dtype) for probe, value in probes.items())
+        # A job that was applied again finds what was captured for the one before.
+        key = (
+            type(pruner),
+            job.written,
+            layout.images,
+            layout.image_sample,
+            batch,
+            embeds.dtype,
+            embeds.shape[-1],
+            kinds,
+        )
+        times = self.met.get(key, 0) + 1
+        if times <= CAPTURED_AFTER:  # a capture takes as long as many prefills, and others would have to make room
+            remember(self.met, key, times, 8 * MAX_GRAPHS)
+            raise Unfit("captured when pictures of these shapes come again")
+
+        def make() -> Captured:
+            template = call.seen()
+            features = torch.zeros_like(template.features)
+            given = {probe: torch.zeros_like(value) for probe, value in probes.items()}
+
+            def work() -> tuple[Any, ...]:
+                ctx = {"image_lens": template.image_lens}
+                tokens = replace(template, features=features, probes=dict(given), ctx=ctx)
+                found, kept = type(job).select(job, tokens, stage, batch)
+                return found.index, found.cu_seqlens, found.order, found.features, found.info, kept
+
+            replay, static = Replay(work, self.device, self.choices.pool), (features, *given.values())
+            return Captured(replay, static, replay.out, sum(t.nbytes for t in static))
+
+        def fill(features: Tensor, *given: Tensor) -> None:
+            rows = embeds.detach().reshape(-1, embeds.shape[-1])
+            torch.index_select(rows, 0, placed.position, out=features)
+            for static, value in zip(given, probes.values(), strict=True):
+                static.copy_(value)
+
+        index, cu_seqlens, order, features, info, kept = self.choices.run(key, make, fill, _copied)
+        return Selection(index, cu_seqlens, order, features, info), kept
+
     # -- the vision tower ---------------------------------------------------------------------------------------------
 
     def _tower_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -608,14 +724,6 @@ class PrefillGraphs:
             for buffer, x in zip(static, inputs, strict=True):
                 buffer.copy_(x)
 
-        def take(out: Any) -> Any:
-            leaves, spec = pytree.tree_flatten(out)
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            copies = [torch.empty_like(t) for t in tensors]
-            torch._foreach_copy_(copies, tensors)
-            fresh = iter(copies)
-            return pytree.tree_unflatten([next(fresh) if isinstance(x, Tensor) else x for x in leaves], spec)
-
         key = (
             tuple(pixels.shape),
             pixels.dtype,
@@ -625,10 +733,20 @@ class PrefillGraphs:
         )
         if key not in self.tower_shelf.graphs:
             self.tower_modules.check(ours)
-        out, captured = self.tower_shelf.run(key, make, fill, take)
+        out, captured = self.tower_shelf.run(key, make, fill, _copied)
         self.tower_modules.check(ours)  # while the GPU is at it; what it reads is held below, whatever was moved
         self.tap.hand_over(captured)
         return out
+
+
+def _copied(out: Any) -> Any:
+    """The same with every tensor in memory of its own."""
+    leaves, spec = pytree.tree_flatten(out)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    copies = [torch.empty_like(t) for t in tensors]
+    torch._foreach_copy_(copies, tensors)
+    fresh = iter(copies)
+    return pytree.tree_unflatten([next(fresh) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
 class _Modules:
@@ -646,31 +764,35 @@ class _Modules:
         self.owner, self.parts = owner, {name: owner._modules[name] for name in parts or owner._modules}
         self.modules = [m for part in self.parts.values() if part is not None for m in part.modules()]
         whole = self.modules if parts else [owner, *self.modules]
-        self.children = [(m._modules, dict(m._modules)) for m in whole]
+        # Lists that are compared in one go: a model has hundreds of modules, and every prefill looks at all of them.
+        self.children, self.expected = [m._modules for m in whole], [dict(m._modules) for m in whole]
         tensors = [(where, n, t) for m in whole for where in (m._parameters, m._buffers) for n, t in where.items()]
         owned = [(where, name, t) for where, name, t in tensors if t is not None]
-        self.tensors = [(where, name, t, t.data_ptr()) for where, name, t in owned]
-        self.held = [t.data for _, _, t in owned]
-        self.dtype = next(t.dtype for _, _, t in owned if t.is_floating_point())
+        self.owners, self.names, self.tensors = ([row[i] for row in owned] for i in range(3))
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        self.held = [t.data for t in self.tensors]
+        self.dtype = next(t.dtype for t in self.tensors if t.is_floating_point())
+        self.attributes = [m.__dict__ for m in self.modules]
+        self.hooks = [hooks for m in self.modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
 
     def trains(self) -> bool:
-        return any(t.requires_grad for _, _, t, _ in self.tensors)
+        return any(t.requires_grad for t in self.tensors)
 
     def check(self, own: Collection[int]) -> None:
         """Raise `Unfit` where a module, a parameter or its memory was replaced, or something hooked itself in."""
         moved = any(self.owner._modules.get(name) is not part for name, part in self.parts.items())
-        if moved or any(now != before for now, before in self.children):
+        if moved or self.children != self.expected:
             raise Unfit("a module of the model was replaced after vtprune was applied; apply it again")
-        if any(where.get(name) is not t or t.data_ptr() != at for where, name, t, at in self.tensors):
+        same = all(map(operator.is_, map(dict.get, self.owners, self.names), self.tensors))
+        if not same or list(map(Tensor.data_ptr, self.tensors)) != self.addresses:
             raise Unfit("weights of the model were moved after vtprune was applied; apply it again")
-        for module in self.modules:
-            if "forward" in module.__dict__:
-                raise Unfit("the forward of a module was replaced")
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key, hook in hooks.items():
-                    # Those of transformers record hidden states and attention maps, where these are asked for.
-                    if key not in own and not str(getattr(hook, "__module__", "")).startswith("transformers."):
-                        raise Unfit("a forward hook that is not vtprune's is on a module")
+        if any(map(operator.contains, self.attributes, itertools.repeat("forward"))):
+            raise Unfit("the forward of a module was replaced")
+        for hooks in filter(None, self.hooks):
+            for key, hook in hooks.items():
+                # Those of transformers record hidden states and attention maps, where these are asked for.
+                if key not in own and not str(getattr(hook, "__module__", "")).startswith("transformers."):
+                    raise Unfit("a forward hook that is not vtprune's is on a module")
 
 
 def _groups(layer: Any) -> tuple[tuple[Any, ...], ...]:

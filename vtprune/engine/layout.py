@@ -4,15 +4,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..errors import InputError
+from ..kernels._jit import Constants, constant, remember
 from ..models.base import ImageLayout
 
 
-@dataclass(frozen=True)
+class Placed(NamedTuple):
+    """A `BatchLayout` on a device; shared by all prompts that have it, not to be written to.
+
+    Parameters
+    ----------
+    position, source, coords : Tensor
+        As in `BatchLayout`.
+    others : Tensor
+        ``[B, L]`` bool, True at what is no visual token.
+    """
+
+    position: Tensor
+    source: Tensor
+    coords: Tensor
+    others: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class BatchLayout:
     """Where the visual tokens of a batch are; host arrays, rows as in `VisualTokens`.
 
@@ -28,6 +49,10 @@ class BatchLayout:
         Per modality, the encoder row of each of its visual tokens, and which flat rows these are.
     last : np.ndarray
         ``[B]`` slot of each sample's last placeholder, -1 without one.
+    images
+        The layout of each image.
+    sample_lens : np.ndarray
+        ``[B]`` visual tokens of each sample.
     """
 
     position: np.ndarray
@@ -43,9 +68,66 @@ class BatchLayout:
     image_grid: tuple[tuple[int, int, int], ...]
     image_size: tuple[tuple[int, int] | None, ...]
     last: np.ndarray
+    images: tuple[ImageLayout, ...]
+    sample_lens: np.ndarray
+    made: Constants = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device, batch: int, length: int) -> Placed:
+        """The same on a device, copied at its first use."""
+
+        def make() -> tuple[Tensor, ...]:
+            others = np.ones(batch * length, bool)
+            others[self.position] = False
+            return (
+                *(upload(array, device) for array in (self.position, self.source, self.coords)),
+                upload(others, device).view(batch, length),
+            )
+
+        return Placed(*constant(("rows",), device, make, self.made))
+
+    def raw_on(self, modality: str, device: torch.device, total: int) -> tuple[Tensor, Tensor] | None:
+        """The encoder rows of a modality, and the flat rows that they are; None where both are simply all in order.
+
+        Parameters
+        ----------
+        total
+            Rows that the encoder put out.
+        """
+        raw, rows = self.raw[modality]
+        everything = len(raw) == total == len(self.position)
+        if everything and (raw[:-1] < raw[1:]).all() and (rows[:-1] < rows[1:]).all():
+            return None
+        made = constant(("raw", modality), device, lambda: (upload(raw, device), upload(rows, device)), self.made)
+        return made[0], made[1]
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """Host numbers on the device, without waiting for what it is doing: large pageable memory would be waited for."""
+    host = torch.from_numpy(array)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
+#: Layouts of batches, by all that they depend on, with the layouts of their images, which keep those ids taken. Prompts
+#: with pictures in the same places share theirs. The oldest go first.
+_BUILT: dict[Any, tuple[BatchLayout, list[ImageLayout]]] = {}
+_MOST_BUILT = 32
 
 
 def build(
+    masks: Mapping[str, np.ndarray], layouts: Mapping[str, Sequence[ImageLayout]], starts: Mapping[str, Sequence[int]]
+) -> BatchLayout:
+    """`match` for a prompt that may have been seen before."""
+    parts = tuple((m, mask.shape, np.packbits(mask).tobytes()) for m, mask in masks.items())
+    images = [layout for m in masks for layout in layouts.get(m, ())]
+    ids = tuple((tuple(map(id, layouts.get(m, ()))), tuple(starts.get(m, ()))) for m in masks)
+    found = _BUILT.get((parts, ids))
+    if found is None:
+        found = match(masks, layouts, starts), images
+        remember(_BUILT, (parts, ids), found, _MOST_BUILT)
+    return found[0]
+
+
+def match(
     masks: Mapping[str, np.ndarray], layouts: Mapping[str, Sequence[ImageLayout]], starts: Mapping[str, Sequence[int]]
 ) -> BatchLayout:
     """Match the images of each modality, in encoder order, to the placeholders of the prompt, in row-major order.
@@ -118,4 +200,6 @@ def build(
         image_grid=tuple(layout.grid for _, _, layout, _, _ in found),
         image_size=tuple(layout.size for _, _, layout, _, _ in found),
         last=last,
+        images=tuple(layout for _, _, layout, _, _ in found),
+        sample_lens=np.bincount(position // max(length, 1), minlength=any_mask.shape[0]),
     )

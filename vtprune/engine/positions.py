@@ -7,6 +7,7 @@ comes next is kept here, on the cache object, so that beams, several generations
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..kernels._jit import constant
 
 _ATTRIBUTE = "_vtprune_state"
 
@@ -237,5 +239,13 @@ def with_text_row(positions: Tensor, past: int) -> Tensor:
 
 
 def contiguous(batch: int, length: int, past: int, device: torch.device) -> Tensor:
-    """``past, past + 1, ...`` for every row, ``[B, length]``."""
-    return torch.arange(past, past + length, device=device).expand(batch, -1)
+    """``past, past + 1, ...`` for every row, ``[B, length]``; not to be written to."""
+    if past:
+        return torch.arange(past, past + length, device=device).expand(batch, -1)
+    return constant(("slots", length), device, lambda: (torch.arange(length, device=device),))[0].expand(batch, -1)
+
+
+def all_valid(batch: int, length: int, device: torch.device) -> Tensor:
+    """``[B, length]`` True; not to be written to."""
+    make = functools.partial(torch.ones, batch, length, dtype=torch.bool, device=device)
+    return constant(("valid", batch, length), device, lambda: (make(),))[0]

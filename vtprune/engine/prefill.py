@@ -3,23 +3,28 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError, VTPruneWarning
+from ..kernels._jit import constant
 from ..kernels.dispatch import resolve
 from ..kernels.pack import gather_rows
 from ..models.base import Family
 from . import early
 from . import positions as pos
+from .layout import Placed
 from .report import Trace
 
 if TYPE_CHECKING:
+    from ..tokens import Selection
     from .call import Call
 
 
@@ -37,39 +42,51 @@ class Pack:
         ``[B, L]`` int64, packed slot of the last kept row at or before each old slot; -1 where there is none.
     full
         True if no packed slot is padding (a host value).
+    starts
+        True if every sample is known to keep its first slot, so that no `slot_of` is -1 (a host value).
     """
 
     index: Tensor
     valid: Tensor
     slot_of: Tensor
     full: bool
+    starts: bool = False
 
     def move(self, slots: Tensor) -> Tensor:
         """Where rows that were kept lie now: ``sample * L + slot`` becomes ``sample * P + slot``."""
         return (slots // self.slot_of.shape[1]) * self.index.shape[1] + self.slot_of.reshape(-1)[slots]
 
 
-def pack(keep: Tensor, counts: list[int]) -> Pack:
+def pack(keep: Tensor, counts: list[int], starts: bool = False) -> Pack:
     """Plan the packing of the rows where `keep` (``[B, L]`` bool) is True.
 
     Parameters
     ----------
     counts
         ``keep.sum(1)`` as host numbers, so that no sync is needed here.
+    starts
+        As in `Pack`.
     """
-    width = max(counts)
+    width, batch = max(counts), len(counts)
+    kept_so_far = keep.cumsum(1)
+    if min(counts) == width:
+        # The k-th kept row stands where the count of kept rows comes to k.
+        ranks = pos.contiguous(1, width + 1, 0, keep.device)[:, 1:].expand(batch, -1)
+        index = torch.searchsorted(kept_so_far, ranks if batch == 1 else ranks.contiguous())
+        return Pack(index, pos.all_valid(batch, width, keep.device), kept_so_far - 1, True, starts)
     # A stable sort brings dropped slots to the left and kept ones, in order, to the right.
     order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)
     index = order[:, keep.shape[1] - width :]
-    kept_so_far = keep.cumsum(1)
     slot_of = kept_so_far - 1 + (width - kept_so_far[:, -1:])
     slot_of = slot_of.masked_fill(kept_so_far == 0, -1)
-    return Pack(index, keep.gather(1, index), slot_of, all(c == width for c in counts))
+    return Pack(index, keep.gather(1, index), slot_of, False, starts)
 
 
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """Take ``index [B, P]`` along `dim` of `x`, whose dim before that is the batch (of size B or 1)."""
     index = index.to(x.device)
+    if index.shape[0] == 1 and x.shape[dim - 1] == 1:
+        return x.index_select(dim, index[0])
     if x.shape[dim - 1] == 1 and index.shape[0] > 1:
         x = x.expand(*(index.shape[0] if i == dim - 1 else -1 for i in range(x.ndim)))
     shape = [1] * x.ndim
@@ -95,17 +112,49 @@ def packed(plan: Pack, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tenso
     return hidden, moved
 
 
-def unpack(hidden: Tensor, slot_of: Tensor) -> Tensor:
+def unpack(hidden: Tensor, slot_of: Tensor, starts: bool = False) -> Tensor:
     """Bring packed rows ``[B, P, D]`` back to the length of the input, ``[B, L, D]``.
 
     A kept slot gets its own row. A dropped slot, and padding at the right, gets the row of the last kept token before
     it: the row that precedes the next kept token in the packed prompt, and so the one whose logits predict it. That
     makes shifted labels right without touching them, and ``logits[:, -1]`` right for right-padded batches too. Slots
-    before the first kept token are zero.
+    before the first kept token are zero. With `starts` there are none (see `Pack`).
     """
     slot_of = slot_of.to(hidden.device)
+    if starts:
+        return gather(hidden, slot_of, 1)
     rows = gather(hidden, slot_of.clamp_min(0), 1)
     return rows.masked_fill((slot_of < 0)[..., None], 0)
+
+
+class Prompt(NamedTuple):
+    """What the host knows of a prompt ``[B, L]``.
+
+    Parameters
+    ----------
+    valid : Tensor
+        ``[B, L]`` bool, False at padding.
+    rows : np.ndarray
+        ``valid.sum(1)``.
+    placed
+        Where its visual tokens are.
+    visual : np.ndarray
+        ``[B]``, how many each sample has.
+    unpadded
+        Whether all of it is valid.
+    starts_with_text
+        Whether all of it is valid, and the first row of every sample is no placeholder.
+    tail
+        Rows after the last picture, the fewest of any sample that has one.
+    """
+
+    valid: Tensor
+    rows: np.ndarray
+    placed: Placed
+    visual: np.ndarray
+    unpadded: bool
+    starts_with_text: bool
+    tail: int
 
 
 def prune_prompt(
@@ -113,10 +162,8 @@ def prune_prompt(
     call: Call,
     kw: dict[str, Any],
     before: pos.CacheState | None,
-    valid: Tensor,
-    rows: np.ndarray,
-    position: Tensor,
-    tail: int,
+    prompt: Prompt,
+    graph: Callable[[], tuple[Selection, np.ndarray] | None] | None = None,
 ) -> None:
     """Choose among the visual tokens of a prompt and hand the text model the packed rest, through `kw`.
 
@@ -126,51 +173,39 @@ def prune_prompt(
         Arguments of the text model; changed in place.
     before
         State of the cache that the prompt extends, if it was pruned already.
-    valid
-        ``[B, L]`` bool, False at padding.
-    rows
-        ``valid.sum(1)`` on the host.
-    position
-        ``[T]`` int64 ``sample * L + slot`` of each visual token.
-    tail
-        Rows after the last picture, the fewest of any sample that has one.
+    graph
+        As in `Job.select`.
     """
-    job, tokens, embeds = call.job, call.tokens, kw["inputs_embeds"]
-    assert tokens is not None
+    job, embeds, valid = call.job, kw["inputs_embeds"], prompt.valid
     batch, length, width = embeds.shape
-    positions = prompt_positions(family, call, kw.get("position_ids"), before, valid)
-    next_original = pos.last_position(positions, None if (rows == length).all() else valid) + 1
-    if before is not None:  # a row that is all padding stays where it was
-        next_original = torch.maximum(next_original, before.next_original)
+    positions, next_original = prompt_positions(family, call, kw.get("position_ids"), before, prompt)
 
-    keep, counts = valid.clone(), rows
+    keep, counts, position = valid, prompt.rows, prompt.placed.position
     stage = None if job is None else job.projector_stage
     left = call.alive  # by the vision tower; None: all
+    text = prompt.placed.others if prompt.unpadded else prompt.placed.others & valid
     if left is not None:
-        keep.view(-1).index_fill_(0, position, False)
-        counts = counts - early.dropped(tokens, batch)
-        position = position[left]
-        keep.view(-1).index_fill_(0, position, True)
+        counts = counts - early.dropped(call.seen(), batch)
+        position = position.index_select(0, left)
+        # Not ``keep.view(-1)[position] = True``: that copies the number to the device, and waits for it.
+        keep = text.view(-1).index_fill(0, position, True).view(batch, length)
     if job is not None and stage is not None:
-        selection, kept = job.select(tokens, stage, batch)
-        order = selection.order
+        selection, kept = job.select(call.seen, stage, batch, graph)
+        chosen, order = selection.index, selection.order
         if left is not None:
-            order = None if order is None else left[order]
-        call.trace.append(
-            Trace(stage, selection.index if left is None else left[selection.index], order, selection.info)
-        )
-        counts = counts - tokens.sample_lens(batch) + kept
-        keep_deepstack(kw, tokens.source[selection.index])
-        # Not ``keep.view(-1)[position] = False``: that copies the number to the device, and waits for it.
-        keep.view(-1).index_fill_(0, position, False)
-        position = position[selection.index]
-        keep.view(-1).index_fill_(0, position, True)
+            chosen, order = left[chosen], None if order is None else left[order]
+        call.trace.append(Trace(stage, chosen, order, selection.info))
+        counts = counts - (prompt.visual if left is None else call.seen().sample_lens(batch)) + kept
+        if kw.get("deepstack_visual_embeds") is not None:
+            keep_deepstack(kw, prompt.placed.source[chosen])
+        position = position.index_select(0, selection.index)
+        keep = text.view(-1).index_fill(0, position, True).view(batch, length)
         if selection.features is not None:
             merged = selection.features.to(embeds.dtype)
             embeds = embeds.reshape(-1, width).index_copy(0, position, merged).view(batch, length, width)
         if job.layer_stages:
-            tokens = tokens.subset(selection.index, selection.cu_seqlens)
-    plan = pack(keep, counts.tolist())
+            call.tokens = call.seen().subset(selection.index, selection.cu_seqlens)
+    plan = pack(keep, counts.tolist(), prompt.starts_with_text)
     if kw.get("visual_pos_masks") is not None:
         kw["visual_pos_masks"] = gather(kw["visual_pos_masks"], plan.index, 1) & plan.valid
     next_position = next_original
@@ -182,8 +217,7 @@ def prune_prompt(
 
     call.packs.append(plan)
     call.counts.append(counts.tolist())
-    call.tokens = tokens
-    call.slots = plan.move(position)
+    call.slots = functools.partial(plan.move, position)
     call.text_slots = None if call.text_slots is None else plan.move(call.text_slots)
     masks, full = (before.masks, before.full) if before is not None else past_masks(kw, call.past, valid)
     stages = {} if job is None else job.layer_stages
@@ -192,16 +226,21 @@ def prune_prompt(
     first_layers = {*masks, *stages, *after}
     below = {first: max(k for k in masks if k <= first) for first in sorted(first_layers)}
     call.state = pos.CacheState(
-        masks={first: torch.cat([masks[k], plan.valid], 1) for first, k in below.items()},
+        masks={first: joined(masks[k], plan.valid) for first, k in below.items()},
         full={first: full[k] and plan.full for first, k in below.items()},
         length=call.past + plan.index.shape[1],
-        floor=call.past + plan.index.shape[1] - tail,
+        floor=call.past + plan.index.shape[1] - prompt.tail,
         prompt_length=(before.prompt_length if before is not None else call.past) + length,
         next_original=next_original,
         next_position=next_position,
         mrope=family.mrope,
     )
     call.set_sequence(kw, rows_left, packed_positions)
+
+
+def joined(past: Tensor, new: Tensor) -> Tensor:
+    """A mask of old slots and new ones."""
+    return torch.cat([past, new], 1) if past.shape[1] else new
 
 
 def keep_deepstack(kw: dict[str, Any], source: Tensor) -> None:
@@ -214,9 +253,24 @@ def keep_deepstack(kw: dict[str, Any], source: Tensor) -> None:
 
 
 def prompt_positions(
+    family: Family, call: Call, given: Tensor | None, before: pos.CacheState | None, prompt: Prompt
+) -> tuple[Tensor, Tensor]:
+    """Positions of the unpruned prompt, ``[B, L]``, or ``[3, B, L]`` for M-RoPE, and the next ones, ``[B]``."""
+    if given is None and before is None and prompt.unpadded and not family.mrope and not call.past:
+        batch, length = prompt.valid.shape
+        device = prompt.valid.device
+        ends = constant(("ends", batch, length), device, lambda: (torch.full((batch,), length, device=device),))
+        return pos.contiguous(batch, length, 0, device), ends[0]
+    positions = _positions(family, call, given, before, prompt.valid)
+    following = pos.last_position(positions, None if prompt.unpadded else prompt.valid) + 1
+    if before is not None:  # a row that is all padding stays where it was
+        following = torch.maximum(following, before.next_original)
+    return positions, following
+
+
+def _positions(
     family: Family, call: Call, given: Tensor | None, before: pos.CacheState | None, valid: Tensor
 ) -> Tensor:
-    """Positions of the unpruned prompt: ``[B, L]``, or ``[3, B, L]`` for M-RoPE."""
     batch, length = valid.shape
     if family.mrope and call.ids is not None:
         untyped = family.needs_token_types and "mm_token_type_ids" not in call.given
@@ -254,7 +308,7 @@ def past_masks(kw: dict[str, Any], past: int, valid: Tensor) -> tuple[dict[int, 
     """Masks of what an unpruned cache holds, by first layer of a group, and whether they are full."""
     mask = kw.get("attention_mask")
     if mask is None or not past:
-        return {0: valid.new_ones(valid.shape[0], past)}, {0: True}
+        return {0: pos.all_valid(valid.shape[0], past, valid.device)}, {0: True}
     before = mask[:, :past].to(valid.device).bool()
     return {0: before}, {0: bool(before.all())}
 

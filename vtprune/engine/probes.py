@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ..models.base import PIXEL_KEYS, Encoding, Family
 from ..tokens import PRE_PROJECTOR, Probe, VisualTokens
 from . import early
 from .call import Call
-from .layout import BatchLayout, build
+from .layout import BatchLayout, Placed, build, upload
 
 _ENCODING = "_vtprune_encoding"
 
@@ -123,7 +123,14 @@ class EncoderTap:
         modality = name.split("_")[1]
         signature = inspect.signature(original)
 
+        order = list(signature.parameters)
+
         def encode(args: Any, kwargs: Any, inputs: dict[str, Any]) -> tuple[Any, Encoding]:
+            for key in self.family.host_inputs:
+                if isinstance(inputs.get(key), Tensor):
+                    inputs[key] = inputs[key].cpu()
+                    kwargs = {**kwargs, key: inputs[key]} if key in kwargs else kwargs
+                    args = tuple(inputs[key] if name == key else arg for name, arg in zip(order, args, strict=False))
             layouts = self.family.layouts(modality, inputs)
             self.local.captured, self.local.views = {}, early.views(self, layouts, inputs)
             try:
@@ -213,33 +220,62 @@ def placeholder_masks(family: Family, ids: Tensor | None, embeds: Tensor | None)
     return {m: (embeds == table(ids_on(token))).all(-1) for m, token in family.placeholders.items()}
 
 
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """Host numbers on the device, without waiting for what it is doing."""
-    return torch.from_numpy(array).to(device, non_blocking=True)
+class Fetched:
+    """A prompt on its way to the host.
+
+    This is the one time that a prefill waits for the device: not for the vision tower, which starts after the copy, but
+    for the copy, and only when somebody looks. Everything about where pictures stand in the prompt is decided on the
+    host, while the vision tower runs.
+
+    Parameters
+    ----------
+    ids : Tensor
+        ``[B, L]``.
+    mask : Tensor or None
+        ``[B, past + L]``, the mask that came with it.
+    """
+
+    def __init__(self, ids: Tensor, mask: Tensor | None) -> None:
+        self.mask = mask
+        self._copies = [None if x is None else _started(x, ids.device) for x in (ids, mask)]
+        self._done = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
+
+    def _host(self, which: int) -> Tensor | None:
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
+        return self._copies[which]
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        """``[B, L]``."""
+        ids = self._host(0)
+        assert ids is not None
+        return ids.numpy()
+
+    @functools.cached_property
+    def valid(self) -> np.ndarray | None:
+        """The mask, ``[B, past + L]`` bool."""
+        mask = self._host(1)
+        return None if mask is None else mask.bool().numpy()
 
 
-class Fetched(NamedTuple):
-    """A prompt on the host: ids ``[B, L]``; the mask that came with it; and that as ``[B, past + L]`` bool."""
-
-    ids: np.ndarray
-    mask: Tensor | None
-    valid: np.ndarray | None
+def _started(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the host that may not be there yet, if it comes from this device."""
+    if not x.is_cuda or x.device != device:
+        return x.cpu()
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
 def fetch(ids: Tensor | None, mask: Any) -> Fetched | None:
-    """Bring a prompt to the host in one transfer, before its pictures are encoded; None where it is no plain one.
-
-    This is the one time that a prefill waits for the device, which has nothing to do yet: everything about where
-    pictures stand in the prompt is decided on the host, while the vision tower runs.
-    """
+    """Start to bring a prompt to the host, before its pictures are encoded; None where it is no plain one."""
     if ids is None or ids.ndim != 2:
         return None
     if mask is None:
-        return Fetched(ids.cpu().numpy(), None, None)
+        return Fetched(ids, None)
     if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
         return None
-    both = torch.cat([ids, mask.to(ids)], 1).cpu().numpy()
-    return Fetched(both[:, : ids.shape[1]], mask, both[:, ids.shape[1] :].astype(bool))
+    return Fetched(ids, mask)
 
 
 def to_host(
@@ -322,23 +358,36 @@ def _words(embeds: Tensor) -> np.ndarray:
     return same.view(embeds.shape[:2]).cpu().numpy()
 
 
-def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, position: Tensor) -> VisualTokens:
-    """What a pruner sees of the prompt ``embeds [B, L, D]``; `position` is ``layout.position`` on the device."""
-    device = embeds.device
+def probes_of(call: Call, layout: BatchLayout) -> dict[Probe, Tensor]:
+    """What was captured of the encoder, in the order of the tokens."""
     probes: dict[Probe, Tensor] = {}
-    for modality, (raw, rows) in layout.raw.items():
+    for modality in layout.raw:
         for probe, value in call.encodings[modality].probes.items():
-            part = value[upload(raw, value.device)]
-            whole = probes.setdefault(probe, part.new_zeros(len(layout.position), *part.shape[1:]))
-            whole[upload(rows, value.device)] = part
+            where = layout.raw_on(modality, value.device, len(value))
+            if where is None:
+                probes[probe] = value
+                continue
+            raw, rows = where
+            part = value[raw]
+            if len(layout.raw) > 1:
+                whole = probes.setdefault(probe, part.new_zeros(len(layout.position), *part.shape[1:]))
+                whole[rows] = part
+            else:
+                probes[probe] = part
     for probe, value in probes.items():
         if probe.name == PRE_PROJECTOR.name:
             probes[probe] = value.reshape(-1, value.shape[-1])
+    return probes
+
+
+def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, placed: Placed) -> VisualTokens:
+    """What a pruner sees of the prompt ``embeds [B, L, D]``; `placed` is the layout on its device."""
+    device, probes = embeds.device, probes_of(call, layout)
     tokens = VisualTokens(
-        features=embeds.reshape(-1, embeds.shape[-1])[position].detach(),
+        features=embeds.detach().reshape(-1, embeds.shape[-1]).index_select(0, placed.position),
         seqlens=layout.seqlens,
-        source=upload(layout.source, device),
-        coords=upload(layout.coords, device),
+        source=placed.source,
+        coords=placed.coords,
         seg_image=layout.seg_image,
         image_sample=layout.image_sample,
         seg_kind=layout.seg_kind,
@@ -352,7 +401,8 @@ def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, p
         checkpoint=family.checkpoint,
     )
     tokens.ctx["image_lens"] = tokens.image_lens
-    return tokens.to(device)  # the encoder may be on another device than the language model
+    elsewhere = any(value.device != device for value in probes.values())  # where the encoder may be
+    return tokens.to(device) if elsewhere else tokens
 
 
 def with_question(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,34 +57,62 @@ def remember(cache: dict[Any, Any], key: Any, value: Any, most: int) -> None:
         cache[key] = value
 
 
-#: What `on_device` has copied: the numbers, their copy, and an event behind it. The oldest go first.
-_COPIES: dict[tuple[Any, ...], tuple[Tensor, Tensor, Any]] = {}
-_MOST_COPIES = 256
-#: Copies whose addresses are part of a captured graph: they must outlive it, and nobody tells when that ends.
-_CAPTURED: list[Tensor] = []
+#: What `constant` has made: the tensors, and an event behind them until they are known to be there. The oldest go
+#: first.
+Constants = dict[tuple[Any, ...], tuple[tuple[Tensor, ...], Any]]
+_MADE: Constants = {}
+_MOST_MADE = 512
+#: Constants whose addresses are part of a captured graph: they must outlive it, and nobody tells when that ends.
+_CAPTURED: list[tuple[Tensor, ...]] = []
+
+
+def constant(
+    key: tuple[Any, ...], device: torch.device, make: Callable[[], tuple[Tensor, ...]], made: Constants | None = None
+) -> tuple[Tensor, ...]:
+    """What `make` returns, made on `device` at its first use only. Not to be written to.
+
+    Nobody waits for the device, whatever stream comes next, and a call can be captured in a CUDA graph once it has run.
+
+    Parameters
+    ----------
+    key
+        What the tensors depend on beside the device.
+    made
+        Where they are kept; by default with all others.
+    """
+    if torch._C._len_torch_dispatch_stack():  # made under a mode they may be of its kind: fake tensors, for example
+        return make()
+    made = _MADE if made is None else made
+    key = (*key, device)
+    found = made.get(key)
+    on_gpu = device.type == "cuda"
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():  # or they could not be used again where gradients flow
+            tensors = make()
+        found = tensors, torch.cuda.current_stream(device).record_event() if on_gpu and not capturing else None
+        if not capturing:  # inside a graph they have no content before the first replay
+            remember(made, key, found, _MOST_MADE)
+    elif (ready := found[1]) is not None and not capturing:  # a capture begins with a wait for everything
+        if ready.query():
+            made[key] = found[0], None
+        else:
+            torch.cuda.current_stream(device).wait_event(ready)
+    if capturing:
+        _CAPTURED.append(found[0])
+    return found[0]
 
 
 def on_device(numbers: Sequence[int], device: torch.device, repeat: bool = False) -> Tensor:
-    """Host numbers as int64 on a device; with `repeat`, each index as often as its number says. Not to be written to.
+    """Host numbers as int64 on a device; with `repeat`, each index as often as its number says. See `constant`."""
+    numbers = tuple(numbers)
 
-    Copied at their first use only: nobody waits, and a call can be captured in a CUDA graph once it has run."""
-    key = tuple(numbers), device, repeat
-    found = _COPIES.get(key)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if found is None:
-        host = torch.tensor(key[0], dtype=torch.int64)
+    def make() -> tuple[Tensor, Tensor]:
+        host = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         host = torch.repeat_interleave(host) if repeat else host
-        copy = host.to(device, non_blocking=True)
-        if device.type != "cuda":
-            return copy
-        found = host, copy, None if capturing else torch.cuda.current_stream(device).record_event()
-        if not capturing:  # inside a graph it has no content before the first replay
-            remember(_COPIES, key, found, _MOST_COPIES)
-    elif not capturing:  # a capture begins with a wait for everything
-        torch.cuda.current_stream(device).wait_event(found[2])
-    if capturing:
-        _CAPTURED.extend(found[:2])
-    return found[1]
+        return host.to(device, non_blocking=True), host  # kept: a graph that captured the copy reads it again
+
+    return constant(("numbers", numbers, repeat), device, make)[0]
 
 
 def descriptor(x: Tensor, block: list[int]) -> Any:

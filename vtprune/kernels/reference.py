@@ -17,10 +17,12 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ._jit import constant, on_device
 from .memory import spare
 
 #: Pools with more rows get no N x N matrix of cosines; each pick computes the one column that it needs.
@@ -87,9 +89,8 @@ def alike(pools: Pools, same_count: bool = False) -> Iterator[list[int]]:
 
 
 def ints(values: Sequence[int], device: torch.device) -> Tensor:
-    """Host numbers on a device, int64, without waiting for it."""
-    # torch.tensor(..., device=device) would wait for the device.
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    """Host numbers on a device, int64, without waiting for it; not to be written to."""
+    return on_device(values, device)
 
 
 def pad(values: Tensor, pools: Pools, fill: float) -> Tensor:
@@ -124,14 +125,34 @@ def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
     Tensor
         ``[sum(counts)]`` int64 flat rows, pool after pool, by descending score.
     """
-    pools = pools_of(scores, lens, counts)
-    if not pools.counts:
+    check_pools(scores, lens, counts)
+    total, longest = sum(counts), max(lens, default=0)
+    if not total:
         return scores.new_empty(0, dtype=torch.int64)
+
+    def plan() -> tuple[Tensor, ...]:
+        """Rows of the padded layout and which lanes are padding; of each pick, its place in there and its pool's first
+        row."""
+        size, lane = np.asarray(lens)[:, None], np.arange(longest)
+        first = size.cumsum(0) - size
+        picked = lane < np.asarray(counts)[:, None]
+        rows = np.minimum(first + lane, scores.shape[0] - 1)
+        arrays = rows, lane >= size, np.flatnonzero(picked), np.broadcast_to(first, picked.shape)[picked]
+        made = [torch.from_numpy(array) for array in arrays]
+        # With what they were copied from: a graph that captured the copies reads it again.
+        return *(x.to(scores.device, non_blocking=True) for x in made), *made
+
+    rows, padding, picks, first, *_ = constant(("topk", tuple(lens), tuple(counts)), scores.device, plan)
+    values = scores.detach().float()
+    if min(lens) == longest:
+        padded = values.reshape(len(lens), longest)
+    else:
+        padded = values[rows].masked_fill_(padding, -torch.inf)
     # Padding lies behind the rows, so the stable sort keeps it behind rows of -inf too. Adding 0.0 makes -0.0 a 0.0,
     # which not every sort takes for equal.
-    padded = pad(scores, pools, -torch.inf).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
+    padded = padded.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
     local = padded.sort(dim=1, descending=True, stable=True).indices
-    return flat_rows(local, pools)
+    return local.view(-1).index_select(0, picks) + first
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..kernels._jit import remember
 from ..kernels.attention_rows import attention_rows
 from ..tokens import CLS_ROW, PRE_PROJECTOR, Probe
 
@@ -23,11 +24,14 @@ from ..tokens import CLS_ROW, PRE_PROJECTOR, Probe
 PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
 
 
+#: Layouts that a family remembers; the oldest go first.
+_MOST_LAYOUTS = 64
+
 #: How a hook hands over what it captured: the probe, and a function that makes its value.
 Put = Callable[[Probe, Callable[[], Tensor]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageLayout:
     """How the placeholders of one image (or video) map to visual tokens; host arrays.
 
@@ -131,6 +135,9 @@ class Family(ABC):
     text_model: ClassVar[str] = "language_model"
     #: Usual number of decoder layers, and the first after which a usual checkpoint lets rows be dropped.
     usual_layers: ClassVar[tuple[int, int]] = (32, 0)
+    #: Arguments of ``get_*_features`` that the model itself brings to the host, element by element, while it encodes:
+    #: they are brought there before, because then nothing is waited for.
+    host_inputs: ClassVar[tuple[str, ...]] = ()
     #: Whether `arrange` looks at token ids.
     reads_ids: ClassVar[bool] = False
 
@@ -145,6 +152,8 @@ class Family(ABC):
         self.inner = model.model if hasattr(model, "lm_head") else model
         self.lm = getattr(self.inner, self.text_model)
         self.config = model.config
+        #: Layouts made so far, by what they depend on; see `unique_layouts`.
+        self.known_layouts: dict[Any, ImageLayout] = {}
 
     @property
     def checkpoint(self) -> str:
@@ -325,14 +334,26 @@ def turns_halves(attention: Any) -> bool:
     return turn is None or turn(torch.arange(4.0)).tolist() == [-2, -3, 0, 1]
 
 
-def unique_layouts(items: Iterable[Any], make: Callable[[Any], ImageLayout]) -> list[ImageLayout]:
-    """Make each distinct layout once: pictures of one size share theirs."""
-    made: dict[Any, ImageLayout] = {}
+def unique_layouts(
+    items: Iterable[Any], make: Callable[[Any], ImageLayout], known: dict[Any, ImageLayout], *beside: Any
+) -> list[ImageLayout]:
+    """Make each distinct layout once: pictures of one size share theirs, in every call.
+
+    Parameters
+    ----------
+    known
+        Those made so far: `Family.known_layouts`.
+    beside
+        What `make` depends on beside the item.
+    """
     out = []
     for item in items:
-        if item not in made:
-            made[item] = make(item)
-        out.append(made[item])
+        key = (item, *beside)
+        layout = known.get(key)
+        if layout is None:
+            layout = make(item)
+            remember(known, key, layout, _MOST_LAYOUTS)
+        out.append(layout)
     return out
 
 

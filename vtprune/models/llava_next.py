@@ -23,6 +23,7 @@ class LlavaNext(ClipTowerMixin, Family):
 
     model_types = ("llava_next",)
     label = "LLaVA-NeXT"
+    host_inputs = ("image_sizes",)
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -37,7 +38,7 @@ class LlavaNext(ClipTowerMixin, Family):
 
     def layouts(self, modality: str, inputs: dict[str, Any]) -> list[ImageLayout]:
         sizes = [tuple(map(int, size)) for size in torch.as_tensor(inputs["image_sizes"]).tolist()]
-        return unique_layouts(sizes, self._layout)
+        return unique_layouts(sizes, self._layout, self.known_layouts)
 
     def _layout(self, size: tuple[int, int]) -> ImageLayout:
         from transformers.models.llava_next.modeling_llava_next import (
@@ -50,8 +51,12 @@ class LlavaNext(ClipTowerMixin, Family):
         pinpoints = self.config.image_grid_pinpoints
         views = image_size_to_num_patches(list(size), pinpoints, vision.image_size)
         numbers = torch.arange(views * side * side, dtype=torch.float64).view(views, side * side, 1)
-        packed, _ = self.inner.pack_image_features(
-            [numbers], torch.tensor([size]), vision_feature_select_strategy="default", image_newline=-torch.ones(1)
+        packed, _ = type(self.inner).pack_image_features(
+            self.inner,
+            [numbers],
+            torch.tensor([size]),
+            vision_feature_select_strategy="default",
+            image_newline=-torch.ones(1),
         )
         row_of = packed[0].squeeze(-1).numpy().astype(np.int64)  # encoder row of each placeholder, -1 for a newline
         rank = np.flatnonzero(row_of >= 0)

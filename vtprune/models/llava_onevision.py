@@ -57,6 +57,8 @@ class LlavaOnevision(Family):
         return unique_layouts(
             zip(sizes, alone, strict=True),
             lambda item: self._picture(item[0], aspect) if item[1] else self._view(item[0]),
+            self.known_layouts,
+            aspect,
         )
 
     def _view(self, size: tuple[int, int]) -> ImageLayout:

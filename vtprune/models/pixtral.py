@@ -53,7 +53,9 @@ class Pixtral(Family):
 
     def layouts(self, modality: str, inputs: dict[str, Any]) -> list[ImageLayout]:
         step = self.merge
-        return unique_layouts(self._grids(inputs), lambda grid: single_view(grid[0] // step, grid[1] // step))
+        return unique_layouts(
+            self._grids(inputs), lambda grid: single_view(grid[0] // step, grid[1] // step), self.known_layouts
+        )
 
 
 class Mistral3(Pixtral):

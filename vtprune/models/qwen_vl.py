@@ -40,7 +40,7 @@ class QwenVL(Family):
     def layouts(self, modality: str, inputs: dict[str, Any]) -> list[ImageLayout]:
         grids = [tuple(g) for g in torch.as_tensor(inputs[f"{modality}_grid_thw"]).tolist()]
         kind = "image" if modality == "image" else "frame"
-        return unique_layouts(grids, lambda grid: self._layout(grid, kind))
+        return unique_layouts(grids, lambda grid: self._layout(grid, kind), self.known_layouts, kind)
 
     def _layout(self, grid: tuple[int, int, int], kind: str) -> ImageLayout:
         frames, rows, cols = grid[0], grid[1] // self.merge, grid[2] // self.merge

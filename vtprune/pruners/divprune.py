@@ -30,6 +30,7 @@ class DivPrunePruner(Pruner):
     query_aware = False
     training_free = True
     adaptive = False
+    capturable = True
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)

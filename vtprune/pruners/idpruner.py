@@ -112,6 +112,10 @@ class IDPruner(Pruner):
             raise ConfigError(f"parallel_k={self.parallel_k!r} is no count; give a whole number from 1 on")
 
     @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        return self.importance in ("auto", "cls_logits", "cls", "norm") and self.importance_norm == "raw_minmax"
+
+    @property
     def needs(self) -> frozenset[Probe]:
         return importance.NEEDS.get(self.importance, frozenset() if self.clip is None else frozenset({PRE_PROJECTOR}))
 

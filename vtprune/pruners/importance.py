@@ -52,10 +52,8 @@ def _probe(tokens: VisualTokens, probe: Probe, name: str) -> tuple[Tensor, str]:
 
 def norm(tokens: VisualTokens) -> tuple[Tensor, str]:
     """L2 norm of each token."""
-    scores = _empty(tokens)
-    for rows, features in _per_image(tokens):
-        scores[rows] = torch.linalg.vector_norm(features, dim=1)
-    return scores, "norm"
+    scores = [torch.linalg.vector_norm(features, dim=1).float() for _, features in _per_image(tokens)]
+    return torch.cat(scores) if len(scores) > 1 else scores[0] if scores else _empty(tokens), "norm"
 
 
 def minus_cosine_to_mean(tokens: VisualTokens) -> tuple[Tensor, str]:

@@ -23,6 +23,7 @@ class NormPruner(Pruner):
     query_aware = False
     training_free = True
     adaptive = False
+    capturable = True
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return importance.norm(tokens)[0]
