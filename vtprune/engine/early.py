@@ -205,9 +205,8 @@ def minus_cosine_to_mean(rows: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     # The cosine does not see the length of the mean, so the sum will do; broken rows must not spoil the others.
     mean = rows.masked_fill(~length.isfinite(), 0.0).sum(1, keepdim=True)
-    cosine = (rows * mean).sum(-1) / (length * torch.linalg.vector_norm(mean, dim=-1, keepdim=True)).clamp(min=1e-8)[
-        ..., 0
-    ]
+    scale = length * torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+    cosine = (rows * mean).sum(-1) / scale.clamp(min=1e-8).squeeze(-1)
     return -cosine.float()
 
 
