@@ -27,6 +27,7 @@ CONFIGS = [
     PruneConfig(["norm", "idpruner"], 64, options={"mmr_lambda": 0.3}),
     PruneConfig(("norm", "globalcom2"), [0.5, 0.25]),
     PruneConfig("norm", layer=[3, 6]),
+    PruneConfig("norm", tower_keep=0.5, tower_layer=7),
 ]
 
 
@@ -42,6 +43,8 @@ def test_defaults() -> None:
         "options": {},
         "compile": None,
         "layer": None,
+        "tower_keep": 1.0,
+        "tower_layer": None,
     }
     assert config.budget() == Budget(0.25) and config.pruner() == IDPruner()
 

@@ -32,6 +32,7 @@ def test_vllm_keeps_as_many_tokens(keep: float) -> None:
         ({"method": "evs", "keep": 64}, "not a fraction"),
         ({"method": "evs", "keep": 0.25, "allocation": "equal"}, "allocation"),
         ({"method": "vidcom2", "keep": 0.25, "scope": "joint"}, "scope"),
+        ({"method": "evs", "keep": 0.25, "tower_keep": 0.5}, "tower_keep"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_in_one_line(config: dict[str, object], word: str) -> None:

@@ -66,6 +66,8 @@ def apply(
     importance: str | None = None,
     restore: bool | None = None,
     compile: str | None = None,
+    tower_keep: float = 1.0,
+    tower_layer: int | None = None,
     **options: Any,
 ) -> Handle:
     """Prune the visual tokens of every later forward and ``generate()`` of `model`, in place.
@@ -81,7 +83,7 @@ def apply(
     keep
         A float in (0, 1] is the fraction of visual tokens kept, an int a count per image. Default 0.25. For several
         methods, what the last one leaves, or a number for each: fractions multiply, a count belongs to the last.
-    positions, scope, allocation, restore, compile
+    positions, scope, allocation, restore, compile, tower_keep, tower_layer
         See `PruneConfig` and `Budget`.
     importance
         Shorthand for the option ``importance`` of methods that have one.
@@ -119,6 +121,8 @@ def apply(
         importance=importance,
         restore=restore,
         compile=compile,
+        tower_keep=tower_keep,
+        tower_layer=tower_layer,
         **options,
     )
     with LOCK:
@@ -182,7 +186,7 @@ def _check(job: Any, family: Family) -> None:
 def make_config(method: str | Sequence[str] | PruneConfig, **settings: Any) -> PruneConfig:
     """The `PruneConfig` that these arguments of `apply` mean."""
     if isinstance(method, PruneConfig):
-        defaults = {"positions": "original", "scope": "per_image", "allocation": "auto"}
+        defaults = {"positions": "original", "scope": "per_image", "allocation": "auto", "tower_keep": 1.0}
         extra = [k for k, v in settings.items() if v is not None and v != defaults.get(k)]
         if extra:
             raise ConfigError(
@@ -336,6 +340,10 @@ def select(encoded: VisualTokens, method: str | Sequence[str] | PruneConfig = "i
     """
     config = make_config(method, **settings)
     pruner = config.pruner()
+    if config.tower_keep < 1.0:
+        raise ConfigError(
+            f"tower_keep={config.tower_keep} drops patches while the vision tower runs, and it has run; use apply"
+        )
     for stage in pruner.stages():
         if stage.layer is not None:
             raise ConfigError(f"method {config.method!r} acts inside the language model; use apply and generate")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,12 @@ class PruneConfig:
         Of a vision transformer on its own (timm, open_clip): the block, counted from 0, after which patches go; of
         several, each takes an equal step towards `keep`. None is a third of the way through. Methods that act inside a
         language model have an option of this name instead.
+    tower_keep, tower_layer
+        Below 1.0, of the patches of every view only this share goes on through the vision tower after its block
+        `tower_layer`, counted from 0: those to which its CLS token attends most there, or without one those least like
+        the mean of their view. The method then chooses among what is left; `keep` still counts from all tokens, and is
+        limited by what is left. None is a third of the way through. For towers that make one token of each patch
+        (LLaVA, LLaVA-NeXT). What the model answers changes beyond what `keep` does: measure it.
 
     Raises
     ------
@@ -71,6 +78,8 @@ class PruneConfig:
     options: dict[str, Any] = field(default_factory=dict)
     compile: str | None = None
     layer: int | Sequence[int] | None = None
+    tower_keep: float = 1.0
+    tower_layer: int | None = None
 
     #: The allocation that the method takes where nobody asks for another. Not a field: `replace` works it out again.
     _own: ClassVar[str] = "equal"
@@ -90,6 +99,9 @@ class PruneConfig:
             raise ConfigError(f"compile={self.compile!r} is unknown; choose None or 'graph'")
         if self.layer is not None:
             object.__setattr__(self, "layer", _check_layer(self.layer))
+        object.__setattr__(self, "tower_keep", _check_share(self.tower_keep))
+        if self.tower_layer is not None and not _is_block(self.tower_layer):
+            raise ConfigError(f"tower_layer={self.tower_layer!r} names no block; give its number, such as 7")
         if not isinstance(self.options, dict):
             raise ConfigError(f"options={self.options!r} must be a dict of the method's options")
         if isinstance(self.keep, list | tuple) and not isinstance(self.method, str):
@@ -164,10 +176,20 @@ class PruneConfig:
         return cls.from_json(text)
 
 
+def _is_block(layer: Any) -> bool:
+    return isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
+
+
+def _check_share(share: Any) -> float:
+    number = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    if not number or not 0 < share <= 1:
+        raise ConfigError(f"tower_keep={share!r} is no share of the patches; give a number in (0, 1], such as 0.5")
+    return float(share)
+
+
 def _check_layer(layer: Any) -> int | tuple[int, ...]:
     """A block, or several in ascending order."""
     layers = (layer,) if isinstance(layer, int) else tuple(layer) if isinstance(layer, Sequence | range) else ()
-    whole = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in layers)
-    if not layers or not whole or list(layers) != sorted(set(layers)):
+    if not layers or not all(map(_is_block, layers)) or list(layers) != sorted(set(layers)):
         raise ConfigError(f"layer={layer!r} names no block; give its number, such as 3, or several that ascend")
     return layers[0] if len(layers) == 1 else layers

@@ -35,7 +35,7 @@ def vllm_flags(config: PruneConfig) -> list[str]:
     >>> vllm_flags(PruneConfig(method="evs", keep=0.25))
     ['--video-pruning-rate', '0.75', '--video-pruning-method', 'evs']
     """
-    if config.keep == 1.0 and isinstance(config.keep, float):
+    if config.keep == 1.0 and isinstance(config.keep, float) and config.tower_keep == 1.0:
         return []
     if config.method not in VLLM_METHODS:
         raise ConfigError(
@@ -45,7 +45,7 @@ def vllm_flags(config: PruneConfig) -> list[str]:
     if not isinstance(config.keep, float):
         raise ConfigError(f"keep={config.keep!r} is not a fraction, and vLLM takes nothing else; give keep=0.25, say")
     usual = PruneConfig(method=config.method, keep=config.keep)
-    changed = [name for name in ("scope", "allocation") if getattr(config, name) != getattr(usual, name)]
+    changed = [name for name in ("scope", "allocation", "tower_keep") if getattr(config, name) != getattr(usual, name)]
     if changed:
         raise ConfigError(
             f"vLLM cannot change {' and '.join(changed)} of {config.method!r}; leave out what you changed"

@@ -224,14 +224,20 @@ class VisualTokens:
             lens[sample] += n
         return tuple(lens)
 
-    def subset(self, index: Tensor, cu_seqlens: Tensor) -> VisualTokens:
-        """The tokens of a `Selection` as `VisualTokens` of their own, for a later stage. Syncs once, for `seqlens`.
+    def subset(self, index: Tensor, cu_seqlens: Tensor | None, seqlens: tuple[int, ...] | None = None) -> VisualTokens:
+        """The tokens of a `Selection` as `VisualTokens` of their own, for a later stage. Syncs once, for `seqlens`,
+        where these are not given.
 
         Parameters
         ----------
         index, cu_seqlens
             As in `Selection`.
+        seqlens
+            What is left of each segment, on the host; `cu_seqlens` is not looked at then.
         """
+        if seqlens is None:
+            assert cu_seqlens is not None
+            seqlens = tuple(torch.diff(cu_seqlens).tolist())
         rows = self.features.shape[0]
         # Activations belong to rows of the packed prompt, which are other rows after a stage.
         own = {p: v for p, v in self.probes.items() if p.name != "ffn_act"}
@@ -239,7 +245,7 @@ class VisualTokens:
         return replace(
             self,
             features=self.features[index],
-            seqlens=tuple(torch.diff(cu_seqlens).tolist()),
+            seqlens=seqlens,
             source=self.source[index],
             coords=self.coords[index],
             prompt_rows=None,

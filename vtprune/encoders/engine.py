@@ -147,6 +147,11 @@ class EncoderEngine:
         for option, value, only in (("positions", config.positions, "original"), ("compile", config.compile, None)):
             if value != only:
                 raise ConfigError(f"{option}={value!r} is for language models; an encoder alone has only {only!r}")
+        if config.tower_keep < 1.0:
+            raise ConfigError(
+                f"tower_keep={config.tower_keep} is for a vision tower with a language model behind it; in an encoder "
+                "alone, keep and layer say the same"
+            )
         if any(stage.layer is not None for stage in pruner.stages()):
             raise ConfigError(
                 f"method {name!r} prunes inside a language model, and an encoder alone has none; choose a method that "

@@ -30,7 +30,7 @@ from ..config import PruneConfig
 from ..errors import ConfigError, InputError, UnsupportedModelError, VTPruneError, VTPruneWarning
 from ..models.base import PIXEL_KEYS, Family
 from ..tokens import ATTENTION_ROWS, LAYER_PROBES, Probe, Stage
-from . import layer_probes, probes, reversible
+from . import early, layer_probes, probes, reversible
 from . import positions as pos
 from .call import Call, Encoded, Job
 from .entry import hold_back
@@ -175,6 +175,8 @@ class Engine:
         budget = config.budget()
         inside = frozenset(p for p in pruner.needs if p.name in LAYER_PROBES)
         wanted = (pruner.needs - inside) | {p for p in pruner.wants | budget.wants if self.family.has_probe(p)}
+        if (left := early.left_probe(self.family, config)) is not None:
+            wanted |= {left}
         job = Job(config, pruner, budget, stages, wanted, inside)
         self.tap.hook(wanted)
         if job.layer_stages:
@@ -396,8 +398,10 @@ class Engine:
             )
             if job.config.compile is not None and self.graphs is None:
                 call.compiled["language model"] = f"eager: {self.no_graphs}"
+        early.leave(self.family, call)
         as_graph = self.graphs is not None and job is not None and job.config.compile is not None
-        packs = as_graph or _force_pack.get()  # a graph runs packed prompts, also where nothing is dropped
+        # A graph runs packed prompts, also where nothing is dropped; what the tower dropped is never left in.
+        packs = as_graph or _force_pack.get() or bool(call.trace)
         if not packs and state is None and (job is None or job.keeps_everything(call.seen())):
             if job is not None:
                 self._note_nothing_dropped(job, max(call.seen().image_lens, default=0))
@@ -410,7 +414,7 @@ class Engine:
                 "along with this prompt; generate without an assistant, or with a method that looks at pictures alone"
             )
         choose = None
-        if as_graph and self.graphs is not None:
+        if as_graph and self.graphs is not None and not call.trace:  # what the tower left is another set of rows
             choose = functools.partial(self.graphs.choose, call, layout, placed, embeds)
         prune_prompt(self.family, call, kw, state, prompt, choose)
         self._hook_stages(call)

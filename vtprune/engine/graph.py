@@ -37,6 +37,7 @@ from ..kernels._jit import Constants, constant, on_device, remember
 from ..models.base import Family, ImageLayout
 from ..models.llava_next import LlavaNext
 from ..tokens import Probe, Selection
+from . import early
 from . import positions as pos
 from .layout import BatchLayout, Placed, upload
 from .probes import probes_of
@@ -705,23 +706,34 @@ class PrefillGraphs:
         if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
             raise Unfit("autocast, an op counter or another dispatch mode is on")
         ours = {*self.own_hooks(), *(hook.id for hooks in self.tap.hooks.values() for hook in hooks)}
-        wanted = frozenset(self.tap.wanted())
+        wanted, cut = frozenset(self.tap.wanted()), early.cut(self.tap)
+        inputs = (pixels,) if cut is None else (pixels, cut)
 
         def make() -> Captured:
-            static = torch.zeros_like(pixels, memory_format=torch.contiguous_format)
+            static = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
             def work() -> tuple[Any, dict[Probe, Tensor]]:
-                with self.tap.capturing() as captured:
-                    out = original(static, **given)
+                with self.tap.capturing() as captured, early.cutting(self.tap, *static[1:]):
+                    out = original(static[0], **given)
                 return out, captured
 
             replay = Replay(work, self.device, self.tower_shelf.pool)
-            return Captured(replay, (static,), replay.out, static.nbytes)
+            return Captured(replay, tuple(static), replay.out, sum(x.nbytes for x in static))
 
-        key = (tuple(pixels.shape), pixels.dtype, wanted, tuple(sorted(given.items(), key=lambda item: item[0])))
+        def fill(*static: Tensor) -> None:
+            for buffer, x in zip(static, inputs, strict=True):
+                buffer.copy_(x)
+
+        key = (
+            tuple(pixels.shape),
+            pixels.dtype,
+            wanted,
+            cut is not None,
+            tuple(sorted(given.items(), key=lambda item: item[0])),
+        )
         if key not in self.tower_shelf.graphs:
             self.tower_modules.check(ours)
-        out, captured = self.tower_shelf.run(key, make, lambda static: static.copy_(pixels), _copied)
+        out, captured = self.tower_shelf.run(key, make, fill, _copied)
         self.tower_modules.check(ours)  # while the GPU is at it; what it reads is held below, whatever was moved
         self.tap.hand_over(captured)
         return out

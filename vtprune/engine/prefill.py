@@ -18,6 +18,7 @@ from ..kernels._jit import constant
 from ..kernels.dispatch import resolve
 from ..kernels.pack import gather_rows
 from ..models.base import Family
+from . import early
 from . import positions as pos
 from .layout import Placed
 from .report import Trace
@@ -181,15 +182,23 @@ def prune_prompt(
 
     keep, counts, position = valid, prompt.rows, prompt.placed.position
     stage = None if job is None else job.projector_stage
+    left = call.alive  # by the vision tower; None: all
+    text = prompt.placed.others if prompt.unpadded else prompt.placed.others & valid
+    if left is not None:
+        counts = counts - early.dropped(call.seen(), batch)
+        position = position.index_select(0, left)
+        # Not ``keep.view(-1)[position] = True``: that copies the number to the device, and waits for it.
+        keep = text.view(-1).index_fill(0, position, True).view(batch, length)
     if job is not None and stage is not None:
         selection, kept = job.select(call.seen, stage, batch, graph)
-        call.trace.append(Trace(stage, selection.index, selection.order, selection.info))
-        counts = counts - prompt.visual + kept
+        chosen, order = selection.index, selection.order
+        if left is not None:
+            chosen, order = left[chosen], None if order is None else left[order]
+        call.trace.append(Trace(stage, chosen, order, selection.info))
+        counts = counts - (prompt.visual if left is None else call.seen().sample_lens(batch)) + kept
         if kw.get("deepstack_visual_embeds") is not None:
-            keep_deepstack(kw, prompt.placed.source[selection.index])
-        text = prompt.placed.others if prompt.unpadded else prompt.placed.others & valid
+            keep_deepstack(kw, prompt.placed.source[chosen])
         position = position.index_select(0, selection.index)
-        # Not ``keep.view(-1)[position] = True``: that copies the number to the device, and waits for it.
         keep = text.view(-1).index_fill(0, position, True).view(batch, length)
         if selection.features is not None:
             merged = selection.features.to(embeds.dtype)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..models.base import PIXEL_KEYS, Encoding, Family
 from ..tokens import PRE_PROJECTOR, Probe, VisualTokens
+from . import early
 from .call import Call
 from .layout import BatchLayout, Placed, build, upload
 
@@ -30,8 +31,10 @@ _ENCODING = "_vtprune_encoding"
 class _Local(threading.local):
     recent: dict[str, tuple[Any, Encoding]] | None = None  # by modality: the last rows, until a forward is through
     captured: dict[Probe, Tensor] | None = None
+    views: early.Views | None = None  # what `early` must know of the pictures that are being encoded
     encodings: dict[str, Encoding] | None = None
-    memory: dict[str, tuple[Tensor, Any, Encoding]] | None = None  # by method: its pixels, its output, what was noted
+    #: By method, and what the tower dropped: pixels, output, what was noted.
+    memory: dict[tuple[str, early.Left | None], tuple[Tensor, Any, Encoding]] | None = None
 
 
 class EncoderTap:
@@ -72,7 +75,10 @@ class EncoderTap:
         """Make sure that these probes can be captured."""
         for probe in probes:
             if probe not in self.hooks:
-                self.hooks[probe] = self.family.probe_hooks(probe, self._put) or []
+                if isinstance(probe, early.Left):
+                    self.hooks[probe] = early.hook(self, probe)
+                else:
+                    self.hooks[probe] = self.family.probe_hooks(probe, self._put) or []
 
     def collect_into(self, encodings: dict[str, Encoding] | None) -> None:
         """Where this thread's next encodings go, by modality; None: nowhere."""
@@ -105,8 +111,12 @@ class EncoderTap:
             self.local.captured.update(captured)
 
     def _put(self, probe: Probe, value: Callable[[], Tensor]) -> None:
-        if self.local.captured is not None and probe in self.wanted():
+        if self.asks(probe) and self.local.captured is not None:
             self.local.captured[probe] = value()
+
+    def asks(self, probe: Probe) -> bool:
+        """Whether an encoding is being made, and this probe is wanted of it."""
+        return self.local.captured is not None and probe in self.wanted()
 
     def _wrap(self, name: str) -> Callable[..., Any]:
         original = getattr(self.family.inner, name)
@@ -119,15 +129,16 @@ class EncoderTap:
                     inputs[key] = inputs[key].cpu()
                     kwargs = {**kwargs, key: inputs[key]} if key in kwargs else kwargs
                     args = tuple(inputs[key] if name == key else arg for name, arg in zip(order, args, strict=False))
-            self.local.captured = {}
+            layouts = self.family.layouts(modality, inputs)
+            self.local.captured, self.local.views = {}, early.views(self, layouts, inputs)
             try:
                 with _own_weights(self.family.inner):
                     out = original(*args, **kwargs)
-                captured = self.local.captured
+                captured = early.whole(self.local.captured)
             finally:
-                self.local.captured = None
+                self.local.captured = self.local.views = None
             encoding = Encoding(
-                self.family.layouts(modality, inputs),
+                layouts,
                 {p: self.family.order_raw(p, v, modality, inputs) for p, v in captured.items()},
                 inputs={k: inputs[k] for k in self.family.layout_inputs(modality) if k in inputs},
             )
@@ -141,14 +152,14 @@ class EncoderTap:
                 return original(*args, **kwargs)
             inputs = {**dict(zip(order, args, strict=False)), **kwargs}
             pixels = next((inputs[k] for k in PIXEL_KEYS if k in inputs), None)
-            memory = self.local.memory
-            known = None if memory is None else memory.get(name)
+            memory, left = self.local.memory, early.wanted(self)
+            known = None if memory is None else memory.get((name, left))
             if known is not None and known[0] is pixels and known[2].probes.keys() >= set(self.wanted()):
                 _, out, encoding = known
             else:
                 out, encoding = encode(args, kwargs, inputs)
                 if memory is not None and pixels is not None:
-                    memory.setdefault(name, (pixels, out, encoding))
+                    memory.setdefault((name, left), (pixels, out, encoding))
             # A pruner must not see what another one asked for.
             wanted = set(self.wanted())
             encoding = replace(encoding, probes={p: v for p, v in encoding.probes.items() if p in wanted})

@@ -25,6 +25,17 @@ class Trace(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TowerStage(Stage):
+    """What `tower_keep` does after a block of the vision tower; no method acts here."""
+
+    block: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"vision tower block {self.block}"
+
+
+@dataclass(frozen=True)
 class SegmentReport:
     """One image, AnyRes view or video frame.
 
@@ -84,6 +95,8 @@ class Report:
     compiled
         Where graphs were asked for (``compile="graph"``): how the vision tower and the language model ran, and if not
         as a graph, why.
+    tower_left
+        Visual tokens that the vision tower left for the method, where ``tower_keep`` asked for fewer; else None.
     """
 
     method: str
@@ -99,6 +112,7 @@ class Report:
     info: dict[str, str]
     notes: tuple[str, ...]
     compiled: dict[str, str]
+    tower_left: int | None = None
 
     #: What the FLOPs are of.
     part: ClassVar[str] = "language model prefill"
@@ -110,6 +124,8 @@ class Report:
             f"({self.ratio:.1%}) after {' + '.join(self.stages) or 'no stage'}",
             f"{self.part}: {self.flops_before / 1e9:.2f} -> {self.flops_after / 1e9:.2f} GFLOP",
         ]
+        if self.tower_left is not None:
+            lines.append(f"vision tower: {self.tower_left} of {self.tokens_in} visual tokens left")
         lines += [f"image {i} (sample {m.sample}): {m.tokens_out} of {m.tokens_in}" for i, m in enumerate(self.images)]
         lines += [f"{part}: {how}" for part, how in self.compiled.items()]
         return "\n".join([*lines, *self.notes])
@@ -227,6 +243,15 @@ def make_report(
         for i, m in enumerate(images)
         if isinstance(keep, int) and keep > m.tokens_in
     ]
+    left = next((t.kept for t in trace if isinstance(t.stage, TowerStage)), None)
+    if left is not None:
+        ends = np.cumsum([m.tokens_in for m in images])
+        found = np.diff(np.searchsorted(left.cpu().numpy(), [0, *ends]))
+        notes += [
+            f"keep={keep} asks for more of image {i} than the {n} tokens that the vision tower left"
+            for i, (m, n) in enumerate(zip(images, found, strict=True))
+            if config.budget().image_count(m.tokens_in) > n and keep != 1.0
+        ]
     return Report(
         method=config.label,
         keep=config.keep,
@@ -241,4 +266,5 @@ def make_report(
         info={k: v for t in trace for k, v in t.info.items()},
         notes=tuple(notes),
         compiled=dict(compiled),
+        tower_left=None if left is None else len(left),
     )

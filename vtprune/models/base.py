@@ -9,7 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,24 @@ class ImageLayout:
     seg_box: tuple[tuple[float, float, float, float], ...]
     grid: tuple[int, int, int]
     size: tuple[int, int] | None = None
+
+
+class PlainTower(NamedTuple):
+    """A vision transformer without windows or merging.
+
+    Parameters
+    ----------
+    module
+        Its output has the hidden states that the projector reads.
+    blocks
+        In the order in which they run.
+    has_cls
+        Whether a CLS token stands before the patches.
+    """
+
+    module: Any
+    blocks: Sequence[Any]
+    has_cls: bool
 
 
 def raster(frames: int, rows: int, cols: int) -> np.ndarray:
@@ -202,6 +220,12 @@ class Family(ABC):
             ``[B, L]``, equal where tokens are equal; given to families that say ``reads_ids``.
         """
         return layouts, starts
+
+    @property
+    def plain_tower(self) -> PlainTower | None:
+        """The vision tower, if its patches become tokens one by one, so that some can go between two blocks (see
+        `engine.early`); None where windows, merging or interpolation need them all."""
+        return None
 
     @property
     @abstractmethod
@@ -426,6 +450,11 @@ class ClipTowerMixin:
     def tower(self) -> Any:
         """The vision transformer."""
         return compat.clip_tower(self.inner.vision_tower)
+
+    @property
+    def plain_tower(self) -> PlainTower | None:
+        """The same for `engine.early`: a patch is a token."""
+        return PlainTower(self.inner.vision_tower, self.tower.encoder.layers, self.has_cls)
 
     @property
     def has_cls(self) -> bool:
