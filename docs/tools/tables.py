@@ -112,7 +112,7 @@ def kinds() -> str:
 
 def speed(wanted: Callable[[str], bool] = lambda _: True) -> str:
     """Time to the first token on a GPU, per preset, of dense, ideal and the methods that `wanted` takes."""
-    name = "endtoend-nvidia-h200.csv"
+    name = "endtoend-nvidia-h100-80gb-hbm3.csv"
     found = [r for r in rows(name) if not r["compile"] and r["concurrency"] == "1"]
     parts = []
     for preset in dict.fromkeys(r["preset"] for r in found):
