@@ -291,6 +291,43 @@ def test_the_choice_is_captured_for_pictures_of_the_same_shapes(
     ]
 
 
+@torch.no_grad()
+def test_more_shapes_than_graphs_are_not_captured_again_and_again(
+    anywhere: Any, llava: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(graph, "CAPTURED_AFTER", 1)
+    prompts = [tiny.prompt(llava, pictures) for pictures in (1, 2, 3)]
+    with vtprune.apply(llava, "norm", keep=KEEP, compile="graph"):
+        for _ in range(16):
+            for inputs in prompts:
+                llava(**inputs)
+        assert 3 <= engine_of(find_family(llava)).graphs.captures <= 5
+
+
+@torch.no_grad()
+def test_budgets_that_look_at_the_tokens_are_not_captured(
+    anywhere: Any, llava: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "CAPTURED_AFTER", 0)
+    inputs = tiny.prompt(llava, 2)
+    with vtprune.apply(llava, "norm", keep=KEEP, compile="graph", allocation="vidcom2"):
+        llava(**inputs)
+        assert compiled(llava)["choice of tokens"] == "eager: allocation='vidcom2' looks at the tokens"
+
+
+@torch.no_grad()
+def test_a_tower_called_by_itself_runs_as_ever(anywhere: Any, llava: nn.Module) -> None:
+    pixels = tiny.prompt(llava, 1)["pixel_values"]
+    expected = llava.model.vision_tower(pixels, output_hidden_states=True)
+    with vtprune.apply(llava, "norm", keep=KEEP, compile="graph", tower_keep=0.5):
+        llava(**tiny.prompt(llava, 1))
+        found = llava.model.vision_tower(pixels, output_hidden_states=True)
+    for one, other in zip(expected.hidden_states, found.hidden_states, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(expected.last_hidden_state, found.last_hidden_state)
+
+
 class Drawn(NormPruner):
     """Derived from a method that can be captured, and cannot be itself: what it drew first would be there for ever."""
 

@@ -210,6 +210,14 @@ def test_frobenius_notices_new_weights() -> None:
     assert zoo.sensitivity(rows.float(), projector, bank(), estimator="frobenius").dtype == torch.float32
 
 
+def test_applying_again_notices_weights_that_changed_without_a_trace() -> None:
+    projector, rows = Projector().double(), rows_of(6)
+    before = zoo.sensitivity(rows, projector, bank(), estimator="frobenius")
+    projector.linear_2.weight.data *= 3
+    build("zoo", {"estimator": "frobenius"}).check_model(8, projector)
+    torch.testing.assert_close(zoo.sensitivity(rows, projector, bank(), estimator="frobenius"), 3 * before)
+
+
 def test_only_two_plain_layers_have_a_closed_form() -> None:
     class Adapted(nn.Linear):
         pass

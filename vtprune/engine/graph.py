@@ -33,6 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..budget import ALLOCATIONS
+from ..errors import ConfigError
 from ..kernels._jit import Constants, constant, on_device, remember
 from ..models.base import Family, ImageLayout
 from ..models.llava_next import LlavaNext
@@ -244,6 +246,7 @@ class Captured:
     inputs: tuple[Tensor, ...]
     outputs: Any
     bytes: int
+    read: Any = None  # other tensors whose addresses are part of the graph
 
 
 class Shelf:
@@ -292,7 +295,7 @@ class Shelf:
                 except Exception as error:  # inductor, Triton and CUDA each raise their own
                     self.pool = Replay.pool(self.device)  # the allocator may still take the old one for being captured
                     reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-                    self.refused[key] = f"capture failed ({type(error).__name__}: {reason})"
+                    remember(self.refused, key, f"capture failed ({type(error).__name__}: {reason})", 8 * MAX_GRAPHS)
                     raise Unfit(self.refused[key]) from error
             self.graphs.move_to_end(key)
             captured = self.graphs[key]
@@ -362,6 +365,7 @@ class PrefillGraphs:
         self.local = _Local()
         self.packings: Constants = {}
         self.met: dict[Any, int] = {}
+        self.captures = 0
         lm = family.lm
         self.device = lm.get_input_embeddings().weight.device
         why = obstacle(self.device) or _unknown(lm)
@@ -587,7 +591,7 @@ class PrefillGraphs:
         if [len(rows.flatten(0, 1)) for rows in features] != [layout.raw_length for layout in layouts]:
             return original(features, sizes, *args, **kwargs)
         packed = []
-        for rows, size, layout in zip(features, torch.as_tensor(sizes).tolist(), layouts, strict=True):
+        for rows, layout in zip(features, layouts, strict=True):
 
             def make(layout: ImageLayout = layout) -> tuple[Tensor, ...]:
                 source = np.zeros(layout.length, np.int64)
@@ -595,7 +599,7 @@ class PrefillGraphs:
                 newlines = np.setdiff1d(np.arange(layout.length), layout.rank)
                 return upload(source, self.device), upload(newlines, self.device)
 
-            source, newlines = constant(tuple(size), self.device, make, self.packings)
+            source, newlines = constant((layout,), self.device, make, self.packings)
             out = rows.flatten(0, 1).index_select(0, source)
             packed.append(out.index_copy_(0, newlines, newline.to(out).expand(len(newlines), -1)))
         return packed, on_device([len(rows) for rows in packed], self.device)
@@ -631,6 +635,9 @@ class PrefillGraphs:
             raise Unfit(f"{job.config.label!r} does not say that it can be captured")
         if call.watched or job.layer_stages or job.layer_probes:
             raise Unfit("something else looks at the tokens")
+        budget = job.budget_at(stage)
+        if budget.scope != "joint" and budget.allocation not in ALLOCATIONS:
+            raise Unfit(f"allocation={budget.allocation!r} looks at the tokens")
         if embeds.device != self.device or not len(layout.position):
             raise Unfit("there are no tokens on the model's device")
         if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
@@ -639,10 +646,14 @@ class PrefillGraphs:
         if any(value.device != self.device for value in probes.values()):
             raise Unfit("the vision tower is on another device")
         kinds = tuple((probe, tuple(value.shape), value.dtype) for probe, value in probes.items())
+        try:
+            written = job.written
+        except ConfigError as error:
+            raise Unfit(f"its configuration cannot be told from another one's ({error})") from error
         # A job that was applied again finds what was captured for the one before.
         key = (
             type(pruner),
-            job.written,
+            written,
             layout.images,
             layout.image_sample,
             batch,
@@ -650,24 +661,30 @@ class PrefillGraphs:
             embeds.shape[-1],
             kinds,
         )
-        times = self.met.get(key, 0) + 1
-        if times <= CAPTURED_AFTER:  # a capture takes as long as many prefills, and others would have to make room
-            remember(self.met, key, times, 8 * MAX_GRAPHS)
-            raise Unfit("captured when pictures of these shapes come again")
+        if key not in self.choices.graphs:
+            # A capture takes as long as many prefills, and others have to make room: where more shapes come again and
+            # again than there are graphs, each further capture waits twice as long.
+            needed = CAPTURED_AFTER << min(max(self.captures - MAX_GRAPHS + 1, 0), 16)
+            times = self.met.get(key, 0) + 1
+            if times <= needed:
+                remember(self.met, key, times, 8 * MAX_GRAPHS)
+                raise Unfit("captured when pictures of these shapes come again")
 
         def make() -> Captured:
-            template = call.seen()
-            features = torch.zeros_like(template.features)
+            self.captures += 1
+            self.met.pop(key, None)
+            seen = call.seen()
+            features = torch.zeros_like(seen.features)
             given = {probe: torch.zeros_like(value) for probe, value in probes.items()}
+            template = replace(seen, features=features, probes=given)
 
             def work() -> tuple[Any, ...]:
-                ctx = {"image_lens": template.image_lens}
-                tokens = replace(template, features=features, probes=dict(given), ctx=ctx)
+                tokens = replace(template, probes=dict(given), ctx={"image_lens": template.image_lens})
                 found, kept = type(job).select(job, tokens, stage, batch)
                 return found.index, found.cu_seqlens, found.order, found.features, found.info, kept
 
             replay, static = Replay(work, self.device, self.choices.pool), (features, *given.values())
-            return Captured(replay, static, replay.out, sum(t.nbytes for t in static))
+            return Captured(replay, static, replay.out, sum(t.nbytes for t in static), template)
 
         def fill(features: Tensor, *given: Tensor) -> None:
             rows = embeds.detach().reshape(-1, embeds.shape[-1])
@@ -705,6 +722,8 @@ class PrefillGraphs:
             raise Unfit("the vision tower is in training mode")
         if torch.is_autocast_enabled(self.device.type) or torch._C._len_torch_dispatch_stack() > 0:
             raise Unfit("autocast, an op counter or another dispatch mode is on")
+        if not self.tap.encoding:
+            raise Unfit("the vision tower was called by itself")
         ours = {*self.own_hooks(), *(hook.id for hooks in self.tap.hooks.values() for hook in hooks)}
         wanted, cut = frozenset(self.tap.wanted()), early.cut(self.tap)
         inputs = (pixels,) if cut is None else (pixels, cut)

@@ -114,6 +114,11 @@ class EncoderTap:
         if self.asks(probe) and self.local.captured is not None:
             self.local.captured[probe] = value()
 
+    @property
+    def encoding(self) -> bool:
+        """Whether an encoding is being made in this thread."""
+        return self.local.captured is not None
+
     def asks(self, probe: Probe) -> bool:
         """Whether an encoding is being made, and this probe is wanted of it."""
         return self.local.captured is not None and probe in self.wanted()

@@ -95,7 +95,9 @@ def constant(
             remember(made, key, found, _MOST_MADE)
     elif (ready := found[1]) is not None and not capturing:  # a capture begins with a wait for everything
         if ready.query():
-            made[key] = found[0], None
+            with _CHANGES:
+                if key in made:
+                    made[key] = found[0], None
         else:
             torch.cuda.current_stream(device).wait_event(ready)
     if capturing:

@@ -178,16 +178,16 @@ def reference_ragged(
 # -- Triton -----------------------------------------------------------------------------------------------------------
 
 
-@jit(volatile=("rows", "keys", "first", "pitch", "blocks", "mask_b", "slot_b"))
+@jit(volatile=("rows", "keys", "first", "eighths", "blocks", "mask_b", "slot_b"))
 def _logits_kernel(  # type: ignore[no-untyped-def]
-    query, key, mask, slots, out, tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch,
+    query, key, mask, slots, out, tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, eighths,
     blocks, query_b, query_h, query_r, key_b, key_h, key_l, mask_b, mask_l, slot_b, slot_r,
     RC: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
     RAGGED: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """Logits of RC queries (G heads each) to a block of keys of one key head, or SOFTMAX: their exponentials below the
     block's largest, that one, and their sum."""
-    pitch = tl.multiple_of(pitch, 8)
+    pitch = eighths * 8  # so that Triton knows that it divides by 8
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
@@ -247,15 +247,15 @@ def _shares_kernel(tops, sums, places, blocks, PB: tl.constexpr, NB: tl.constexp
     tl.store(sums + at, top / tl.where(highest == float("-inf"), 1.0, total)[:, None], mask=here)
 
 
-@jit(volatile=("rows", "keys", "first", "pitch", "blocks"))
+@jit(volatile=("rows", "keys", "first", "eighths", "blocks"))
 def _average_kernel(  # type: ignore[no-untyped-def]
-    given, shares, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch, blocks,
+    given, shares, out, base, query_cu, key_cu, rows, keys, first, heads, factor, eighths, blocks,
     RC: tl.constexpr, HB: tl.constexpr, BL: tl.constexpr, SPAN: tl.constexpr,
     RAGGED: tl.constexpr, SOFTMAX: tl.constexpr, MEAN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Mean over heads (MEAN: and over queries) of the weights or logits of a block of keys; `given` is what
     `_logits_kernel` made, in blocks of SPAN keys."""
-    pitch = tl.multiple_of(pitch, 8)
+    pitch = eighths * 8  # so that Triton knows that it divides by 8
     lane = tl.program_id(0) * BL + tl.arange(0, BL)
     row = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
@@ -301,7 +301,7 @@ _AVERAGE = (64, 4)
 
 def _tile(query: Tensor, rows: int, groups: int, dim: int) -> tuple[int, int, int, int, int]:
     """Queries of a launch, rows and keys of a tile, their width, and warps; smaller ones where shared memory, in which
-    both factors lie, is small: heads of 128 in fp32 on a consumer's GPU, of 256 on any."""
+    both factors lie, is small: heads of 256 in fp32, for example."""
     most, keys, warps = _LOGITS[not half(query)]
     # A power of two: questions of all lengths share a few variants.
     chunk, wide = min(triton.next_power_of_2(rows), max(1, most // groups)), max(16, triton.next_power_of_2(dim))
@@ -375,14 +375,14 @@ def _rows_triton(
         for first in range(0, rows, chunk):
             _logits_kernel[(blocks, kv_heads, samples)](
                 query, key, key if mask is None else mask.view(torch.int8), key if slots is None else slots, between,
-                tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch, blocks, *query_at,
+                tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch // 8, blocks, *query_at,
                 *key_at, *mask_at, *slot_at, RC=chunk, G=groups, BM=bm, BL=bl, BD=bd, RAGGED=ragged,
                 MASK=mask is not None, CAUSAL=slots is not None, SOFTMAX=softmax, num_warps=warps,
             )  # fmt: skip
             if softmax:
                 _shares_kernel[(-(-places // pb),)](tops, sums, places, blocks, PB=pb, NB=nb, num_warps=4)
             _average_kernel[(-(-keys // length), 1 if mean else min(chunk, rows - first), samples)](
-                between, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch, blocks,
+                between, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch // 8, blocks,
                 RC=chunk, HB=hb, BL=length, RAGGED=ragged, SOFTMAX=softmax, MEAN=mean, ADD=first > 0, SPAN=bl,
                 num_warps=average_warps,
             )  # fmt: skip

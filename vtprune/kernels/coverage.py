@@ -57,6 +57,7 @@ def _steps(features: Tensor, weight: Tensor, starts: list[int], n: int, most: in
         rows.masked_fill_(broken[-1][:, None], 0.0)
         like.append(reference.products(rows, rows))
     grams, worst = torch.stack(like), torch.stack(broken)
+    del like  # or all would be held twice
     weights = torch.stack(mine).masked_fill_(worst, 0.0)
     covered = torch.zeros_like(weights)
     # Rows that gain nothing score below all others, broken ones below those, picked ones below these.

@@ -73,13 +73,17 @@ def _steps(features: Tensor, bonus: Tensor, starts: list[int], n: int, most: int
         mine.append(bonus[start : start + n].detach().float().nan_to_num(nan=0.0))
         limit.append(torch.full_like(mine[-1], torch.inf).masked_fill_(broken, BROKEN))
     likes, bonuses, limits = (torch.stack(x) for x in (like, mine, limit))
+    like.clear()  # or all would be held twice
     covered, wide = torch.zeros_like(bonuses), reference.wide(likes)
     picks = torch.zeros(len(starts), most, dtype=torch.int64, device=features.device)
     worth = torch.zeros(picks.shape, device=features.device)
     for step in range(most):
-        # The sum of max(0, s - c), at less memory moved.
-        total = torch.maximum(likes, covered[:, None]).sum(2, dtype=wide)
-        gain = (total - covered.sum(1, keepdim=True, dtype=wide)).float()
+        # The sum of max(0, s - c): in fp64 as a difference, which moves less memory; fp32 is not exact enough for that.
+        if wide == torch.float64:
+            total = torch.maximum(likes, covered[:, None]).sum(2, dtype=wide)
+            gain = (total - covered.sum(1, keepdim=True, dtype=wide)).float()
+        else:
+            gain = (likes - covered[:, None]).clamp_(min=0).sum(2)
         score = torch.minimum(gain + bonuses, limits)
         best = score.amax(1, keepdim=True)
         pick = (score >= best - TIE * (10 + best.abs())).int().argmax(1, keepdim=True)

@@ -74,17 +74,18 @@ def pools_of(rows: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Pools:
     return Pools(starts, sizes, picks, first, size, inside)
 
 
-def alike(pools: Pools, same_count: bool = False) -> Iterator[list[int]]:
+def alike(pools: Pools, same_count: bool = False, width: int = 0) -> Iterator[list[int]]:
     """Pools of one size, and if asked one count, that can step together: as many as `TOGETHER` allows.
 
-    Pools of other sizes do not join them, since a sum over another shape rounds differently.
+    Pools of other sizes do not join them, since a sum over another shape rounds differently. `width`: numbers that are
+    held for each row, if they may be more than the cosines.
     """
     most = TOGETHER.get(pools.first.device.type, TOGETHER_ELSEWHERE)
     groups: dict[tuple[int, int], list[int]] = {}
     for p, (n, k) in enumerate(zip(pools.lens, pools.counts, strict=True)):
         groups.setdefault((n, k if same_count else 0), []).append(p)
     for (n, _), group in groups.items():
-        step = max(1, most // (n * n))
+        step = max(1, most // (n * max(n, width)))
         yield from (group[low : low + step] for low in range(0, len(group), step))
 
 
@@ -137,7 +138,13 @@ def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
         first = size.cumsum(0) - size
         picked = lane < np.asarray(counts)[:, None]
         rows = np.minimum(first + lane, scores.shape[0] - 1)
-        arrays = rows, lane >= size, np.flatnonzero(picked), np.broadcast_to(first, picked.shape)[picked]
+        padded = min(lens) < longest  # else nobody reads them
+        arrays = (
+            rows[:, : padded * longest],
+            (lane >= size)[:, : padded * longest],
+            np.flatnonzero(picked),
+            np.broadcast_to(first, picked.shape)[picked],
+        )
         made = [torch.from_numpy(array) for array in arrays]
         # With what they were copied from: a graph that captured the copies reads it again.
         return *(x.to(scores.device, non_blocking=True) for x in made), *made

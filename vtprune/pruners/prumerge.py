@@ -85,6 +85,7 @@ class PruMergePlusPruner(Pruner):
         kept = torch.zeros_like(sound).index_fill_(0, index, True)
         out = tokens.features.detach()[index]
         before = list(accumulate([0, *pools.counts]))
+        clean = tokens.features.detach().float().masked_fill(~sound[:, None], 0.0)
         for group in reference.alike(pools, same_count=True):
             n, k = pools.lens[group[0]], pools.counts[group[0]]
             near = min(self.neighbours, n - k)
@@ -102,7 +103,6 @@ class PruMergePlusPruner(Pruner):
             cosine = torch.stack(cosines).masked_fill_((kept[rows] | ~sound[rows])[:, None], common.NOTHING)
             like, at = cosine.sort(dim=2, descending=True, stable=True)
             at += first[..., None]
-            clean = tokens.features.detach().float().masked_fill(~sound[:, None], 0.0)
             total = weight[mine]
             average = clean[mine] * total[..., None]
             for j in range(near):

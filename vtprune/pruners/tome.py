@@ -59,7 +59,7 @@ class TomePruner(Pruner):
         into, kept = torch.full_like(tokens.source, -1), [tokens.source[:0]]
         pools = reference.pools_of(tokens.features, lens, counts)
         with common.exact(tokens):
-            for group in reference.alike(pools, same_count=True):
+            for group in reference.alike(pools, same_count=True, width=2 * tokens.features.shape[1]):
                 n, k = pools.lens[group[0]], pools.counts[group[0]]
                 first = reference.ints([pools.starts[p] for p in group], tokens.device)[:, None]
                 all_rows = first + torch.arange(n, device=tokens.device)
@@ -93,7 +93,8 @@ class TomePruner(Pruner):
             target = torch.arange(m, device=rows.device).repeat(pools, 1).scatter_(1, 2 * merge, 2 * best + 1)
             # A product rather than index_add, which a GPU sums in any order.
             goes = (best[:, None] == torch.arange(m // 2, device=rows.device)[:, None]).to(sums.dtype)
-            sums[:, 1::2] += goes @ _taken(sums[:, ::2], merge)
+            gains = zip(goes, _taken(sums[:, ::2], merge), strict=True)
+            sums[:, 1::2] += torch.stack([mine @ rows for mine, rows in gains])
             size[:, 1::2] += (goes * size[:, ::2].gather(1, merge)[:, None]).sum(2)
             stays = torch.ones(pools, m, dtype=torch.int8, device=rows.device).scatter_(1, 2 * merge, 0)
             left = stays.sort(dim=1, descending=True, stable=True).indices[:, : m - gone]

@@ -72,7 +72,8 @@ class ZooPruner(Pruner):
       cancel), for less than half the matrix products, and the difference is taken before it can be rounded away.
     - ``"jvp"``: ``|| W2 (g * c_j) ||``, the limit for h -> 0.
     - ``"frobenius"``: ``sqrt(g^T G g / d_v)`` with ``G = (W1 W1^T) * (W2^T W2)``: the root mean square of
-      ``||J u||`` over all directions, exact, without directions. G is made once per checkpoint.
+      ``||J u||`` over all directions, exact, without directions. G is made once per checkpoint, as is what a GPU takes
+      for W2 in the two before; weights that were written through ``.data`` are noticed by the next ``apply``.
 
     Any other projector (PatchMergers, whose norm makes each token's first layer its own; adapters) has no closed form:
     there ``"fd_fused"`` runs as ``"jvp"``, which goes through `torch.func.jvp`, and ``"frobenius"`` takes one such
@@ -147,6 +148,8 @@ class ZooPruner(Pruner):
         if not isinstance(projector, nn.Module):
             return
         _check_weights(projector)
+        if (layers := two_layers(projector)) is not None:
+            _MADE.pop(layers[0].weight, None)  # what was written through ``.data`` leaves no trace
         # Kernels of quantised layers that keep their weights elsewhere have no derivative, and give zero for it.
         if all(p.ndim < 2 for p in projector.parameters()):
             raise UnsupportedModelError(
@@ -298,9 +301,11 @@ def _by_kernel(layers: Layers, rows: Tensor, directions: Tensor, h: float, estim
     with torch.autocast(rows.device.type, enabled=False):
         if estimator == "frobenius":
             return op.mean_square_change(rows, weights, _gram(layers, torch.float32, torch.bfloat16))
-        known = not _unversioned(layers)  # else the triangle, worth ten products, would be made again and again
-        weights = weights._replace(outer=_triangle(layers)) if known else weights
-        return op.mean_change(rows, weights, directions, h if estimator == "fd_fused" else 0.0, triangular=known)
+        triangle = _triangle(layers)
+        if triangle is not None:
+            weights = weights._replace(outer=triangle)
+        h = h if estimator == "fd_fused" else 0.0
+        return op.mean_change(rows, weights, directions, h, triangular=triangle is not None)
 
 
 Change = Callable[[Tensor], Tensor]
@@ -384,6 +389,8 @@ def _once(layers: Layers, name: tuple[Any, ...], make: Callable[[Tensor, Tensor]
     made = _MADE.setdefault(inner, {})
     if name not in made or made[name][0] != stamp:
         made[name] = stamp, make(inner.detach(), outer.detach())
+        if inner.is_cuda:  # other streams may read it next
+            torch.cuda.current_stream(inner.device).synchronize()
     return cast(Tensor, made[name][1])
 
 
@@ -397,9 +404,15 @@ def _gram(layers: Layers, dtype: torch.dtype, kept: torch.dtype | None = None) -
     return _once(layers, ("gram", dtype, kept or dtype), make)
 
 
-def _triangle(layers: Layers) -> Tensor:
-    """What stands for W2 in lengths."""
-    return _once(layers, ("triangle",), lambda _, outer: op.triangle(outer))
+def _triangle(layers: Layers) -> Tensor | None:
+    """What stands for W2 in lengths. None where it would be made again and again, worth ten products each time (weights
+    that train, or whose changes nobody can tell), and where there is no memory for it."""
+    if _unversioned(layers) or layers[2].training:
+        return None
+    try:
+        return _once(layers, ("triangle",), lambda _, outer: op.triangle(outer))
+    except torch.cuda.OutOfMemoryError:
+        return None
 
 
 _CURE = "load the projector in floating point on a device, or choose another method or importance"
