@@ -38,8 +38,8 @@ class LlavaNext(ClipTowerMixin, Family):
 
     def layouts(self, modality: str, inputs: dict[str, Any]) -> list[ImageLayout]:
         sizes = [tuple(map(int, size)) for size in torch.as_tensor(inputs["image_sizes"]).tolist()]
-        pinpoints = tuple(map(tuple, self.config.image_grid_pinpoints))
-        return unique_layouts(sizes, self._layout, self.known_layouts, pinpoints)
+        views = self.config.vision_config.image_size, tuple(map(tuple, self.config.image_grid_pinpoints))
+        return unique_layouts(sizes, self._layout, self.known_layouts, views)
 
     def _layout(self, size: tuple[int, int]) -> ImageLayout:
         from transformers.models.llava_next.modeling_llava_next import (

@@ -59,6 +59,7 @@ class LlavaOnevision(Family):
             lambda item: self._picture(item[0], aspect) if item[1] else self._view(item[0]),
             self.known_layouts,
             aspect,
+            self.config.vision_config.image_size,
             tuple(map(tuple, self.config.image_grid_pinpoints)),
         )
 
