@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import types
 from pathlib import Path
 
@@ -338,6 +339,24 @@ def test_the_table_of_kernels_is_the_committed_result() -> None:
 
     table = markdown(ROOT / "benchmarks/results/kernels-nvidia-h100-80gb-hbm3.csv")
     assert table in (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+
+
+def test_what_backends_agree_on_is_the_committed_log() -> None:
+    found: dict[str, list[float]] = {}
+    log = (ROOT / "benchmarks/results/gpu-tests-inside-nvidia-h200.log").read_text(encoding="utf-8")
+    for pair, agree in re.findall(r"^agreement .+, (\w+ and \w+), stage \d+: ([\d.]+)$", log, re.M):
+        found.setdefault(pair, []).append(float(agree))
+    names = {
+        "sdpa and flash_contract": "`sdpa`, FlashAttention's contract",
+        "sdpa and eager": "`sdpa`, `eager`",
+        "eager and flash_contract": "`eager`, FlashAttention's contract",
+        "GPU and CPU": "GPU and CPU, fp32, `sdpa`",
+    }
+    assert set(found) == set(names)
+    page = (ROOT / "docs/inside.md").read_text(encoding="utf-8")
+    for pair, values in found.items():
+        middle, most = statistics.median(values), sum(value >= 0.995 for value in values)
+        assert f"| {names[pair]} | {middle:.3f} | {min(values):.3f} | {most} of {len(values)} |" in page
 
 
 def test_the_tables_of_what_was_measured_inside_are_the_committed_results() -> None:
