@@ -48,7 +48,7 @@ CLOCK = "clock.jsonl"
 MARK = "<!-- python -m benchmarks.board --draw -->"
 SETS = {
     "full": (tuple(EXAMS), ("all",), 300, THREE),
-    "whole": (tuple(EXAMS), ("all", *(f"worst of={name}" for name in claims.ORDERED)), 300, KEEPS),
+    "whole": (tuple(EXAMS), ("all", *(f"worst of={name}" for name in claims.VALUING)), 300, KEEPS),
     "small": (("pocket-llava",), SMALL, 50, THREE),
     "ci": (("pocket-llava",), ("norm", "divprune"), 20, ("1/9",)),
 }

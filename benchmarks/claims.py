@@ -30,10 +30,11 @@ CLAIMS = (
 )
 #: What costs nothing.
 CHEAP = ("random", "grid", "pool", "downsample")
-#: Methods that order all tokens, and so have a worst end.
-ORDERED = (
+#: Methods that value one token above another, and so have a worst end.
+VALUING = (
     *("norm", "scope", "divprune", "cdpruner", "zoo", "globalcom2", "idpruner", "embedlens"),
-    *("vidcom2", "evs", "selector"),
+    *("vidcom2", "evs", "selector", "visionzip", "vispruner", "prumerge+", "dart", "hiprune", "tome"),
+    *("catp", "fastv", "pyramiddrop", "sparsevlm", "spatten", "tokensparse"),
 )
 
 
@@ -167,7 +168,7 @@ def _worst(by: Found, models: Sequence[str], keeps: Sequence[str]) -> Iterator[s
         f"{', '.join(keeps)}; large is good, and what is struck out is *better* than chance: there the score is no "
         "measure of worth."
     )
-    ends = [name for name in ORDERED if any(("random", f"worst of={name}", m, keeps[0]) in by for m in models)]
+    ends = [name for name in VALUING if any(("random", f"worst of={name}", m, keeps[0]) in by for m in models)]
     yield _table(
         ["score of", *models], [[f"`{n}`", *_cells(by, "random", f"worst of={n}", models, keeps)] for n in ends]
     )

@@ -95,6 +95,32 @@ def test_thirty_two_steps_in_double_precision(family: str, case: str) -> None:
     assert_close(logits[0], expected_logits, FP64)
 
 
+@pytest.mark.parametrize("of", ["fastv", "pyramiddrop", "sparsevlm", "spatten", "tokensparse", "catp"])
+def test_worst_ends_inside_the_language_model(of: str) -> None:
+    """What stays is what the method, shown the same, would drop first; counts are its own."""
+    model, samples = tiny.build("llava"), tiny.mixed(tiny.build("llava"))
+    batch = tiny.collate(samples)
+    with vtprune.apply(model, of, keep=KEEP), spy(of) as own, torch.no_grad():
+        model(**batch)
+    with vtprune.apply(model, "worst", of=of, keep=KEEP), spy("worst") as records:
+        if of != "tokensparse":  # what sits out is back above
+            assert forward_error(model, reference("llava"), samples, batch, "worst") <= LOOSE
+        else:
+            with torch.no_grad():
+                model(**batch)
+    best, worst = first_call(own), first_call(records)
+    assert best.keys() == worst.keys()
+    assert [len(r.selection) for r in worst.values()] == [len(r.selection) for r in best.values()]
+    layer, first = next((layer, r) for layer, r in worst.items() if len(r.selection) < len(r.tokens.source))
+    assert torch.equal(first.tokens.source, best[layer].tokens.source)
+    kept, lost = ({*r.kept_source.tolist()} for r in (best[layer], first))
+    for rows in first.tokens.source.split(first.tokens.image_lens):
+        image = {*rows.tolist()}
+        assert len(kept & image) == len(lost & image)
+        # As far apart as two choices of so many tokens can be.
+        assert len(kept & lost & image) == max(0, 2 * len(kept & image) - len(image))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", FLASH])
 @pytest.mark.parametrize("case", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -34,10 +34,28 @@ def test_it_is_what_the_other_method_is() -> None:
     assert build("worst", {"of": "zoo"}).needs == build("zoo", {}).needs
 
 
-def test_methods_without_an_order_are_refused() -> None:
+@pytest.mark.parametrize("of", ["dart", "hiprune", "prumerge+", "tome", "vispruner", "visionzip"])
+def test_without_an_order_what_is_dropped_first_stays(of: str) -> None:
+    tokens = make_tokens([[[(5, 5)], [(3, 4)]], [[(2, 3)]], [[(1, 1)]]], cls_row=True)
+    found = build("worst", {"of": of}).select(tokens, Budget(3))
+    dropped: list[int] = []
+    for image, (start, n) in enumerate([(0, 25), (25, 12), (37, 6)]):  # the last one has one token, which has to stay
+        lens = [0, 0, 0, 0]
+        lens[image] = n
+        alone = tokens.subset(torch.arange(start, start + n), None, tuple(lens))
+        best = build(of, {}).select(alone, Budget(n - 3)).index.tolist()
+        dropped += [start + row for row in range(n) if row not in best]
+    assert found.index.tolist() == [*dropped, 43] and found.order is None and found.features is None
+    assert found.info == {"of": of} and found.cu_seqlens.tolist() == [0, 3, 6, 9, 10]
+
+
+def test_what_has_no_worst_end_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown method 'nrom'"):
         build("worst", {"of": "nrom"})
     with pytest.raises(ConfigError, match="the control itself"):
         build("worst", {"of": "worst"})
-    with pytest.raises(ConfigError, match="of='dart' does not order all tokens"):
-        vtprune.select(make_tokens([[[(5, 5)]]]), "worst", of="dart", keep=3)
+    with pytest.raises(ConfigError, match="of='corematching' finds its own count"):
+        build("worst", {"of": "corematching"})
+    for of in ("grid", "pool", "frames", "visual-exit"):
+        with pytest.raises(ConfigError, match=f"of='{of}' values no token more than another"):
+            vtprune.select(make_tokens([[[(5, 5)]]]), "worst", of=of, keep=3)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..kernels import reference
 from ..registry import Pruner, build, register
 from ..tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
+from . import common
 
 
 @register("worst")
@@ -24,7 +25,11 @@ class WorstPruner(Pruner):
 
     A score that means something must lose badly here. Of a method that scores, the lowest scores stay (ties to the
     lowest index); of a greedy one, the tokens that it picks last when it has to pick them all, beginning with the very
-    last.
+    last. A method that orders nothing is asked for all but K tokens, and the K that it drops stay, as they are: what it
+    would merge of them into others is not.
+
+    A method that acts inside the language model loses its best tokens where it would lose its worst; what it does in
+    several steps is turned round in each.
 
     Parameters
     ----------
@@ -34,7 +39,7 @@ class WorstPruner(Pruner):
     Raises
     ------
     ConfigError
-        The other method cannot be built, acts inside the language model, or has no order from best to worst.
+        The other method cannot be built, finds its own count, or treats all tokens alike.
     """
 
     paper = "baseline"
@@ -50,16 +55,17 @@ class WorstPruner(Pruner):
         if self.of == self.name:
             raise ConfigError(f"of={self.of!r} is the control itself; name the method whose worst tokens should stay")
         self.other = build(self.of, {})
-        if not self.other.ordered:
-            raise ConfigError(f"of={self.of!r} does not order all tokens from best to worst; choose another method")
-        if self.other.stages() != (PROJECTOR,):
-            raise ConfigError(f"of={self.of!r} acts inside the language model; choose a method that acts before it")
+        if self.other.adaptive:
+            raise ConfigError(f"of={self.of!r} finds its own count and has no K worst tokens; choose another method")
+        if not self.other.ordered and not {*self.other.mechanism} - {"transformation"}:
+            raise ConfigError(f"of={self.of!r} values no token more than another; choose another method")
         # What a class says about itself, an instance says here.
         self.__dict__.update(
             modality=self.other.modality,
             mechanism=self.other.mechanism,
             query_aware=self.other.query_aware,
             training_free=self.other.training_free,
+            ordered=self.other.ordered,
             allocation=self.other.allocation,
         )
 
@@ -71,6 +77,17 @@ class WorstPruner(Pruner):
     def wants(self) -> frozenset[Probe]:
         return self.other.wants
 
+    def stages(self) -> tuple[Stage, ...]:
+        return self.other.stages()
+
+    def fit(self, depth: int) -> WorstPruner:
+        fitted = replace(self)
+        fitted.other = self.other.fit(depth)
+        return fitted
+
+    def stage_budget(self, budget: Budget, stage: Stage) -> Budget:
+        return self.other.stage_budget(budget, stage)
+
     def check_model(self, width: int, projector: Any) -> None:
         self.other.check_model(width, projector)
 
@@ -79,14 +96,25 @@ class WorstPruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
+
+        def given(counts: tuple[int, ...]) -> Budget:
+            return FixedBudget(1.0, budget.scope, budget.allocation, Pools(pools.lens, counts))
+
         if type(self.other).select is Pruner.select:
             scores = self.other.score(tokens)
             upside_down = -scores.masked_fill(scores.isnan(), -torch.inf)
             return Selection.from_order(reference.topk(upside_down, pools.lens, pools.counts), tokens, of=self.of)
-        every = FixedBudget(1.0, budget.scope, budget.allocation, Pools(pools.lens, pools.lens))
-        order = self.other.select(tokens, every, stage).order
-        if order is None or len(order) != sum(pools.lens):  # another package's method that says it has one
-            raise ConfigError(f"of={self.of!r} does not order all tokens from best to worst; choose another method")
-        ends = accumulate(pools.lens)
-        worst = [order[end - count : end].flip(0) for end, count in zip(ends, pools.counts, strict=True)]
-        return Selection.from_order(torch.cat(worst) if worst else order, tokens, of=self.of)
+        if self.other.ordered:
+            order = self.other.select(tokens, given(pools.lens), stage).order
+            if order is None or len(order) != sum(pools.lens):  # another package's method that says it has one
+                raise ConfigError(f"of={self.of!r} says that it orders all tokens, and does not; choose another method")
+            ends = accumulate(pools.lens)
+            worst = [order[end - count : end].flip(0) for end, count in zip(ends, pools.counts, strict=True)]
+            return Selection.from_order(torch.cat(worst) if worst else order, tokens, of=self.of)
+        if pools.counts == pools.lens:  # a step that drops nothing may yet look at something that later ones need
+            return self.other.select(tokens, budget, stage)
+        others = tuple(n - count for n, count in zip(pools.lens, pools.counts, strict=True))
+        best = self.other.select(tokens, given(others), stage).index
+        dropped = torch.ones_like(tokens.source, dtype=torch.int8).index_fill_(0, best, 0)
+        rows = dropped.sort(descending=True, stable=True).indices[: sum(pools.counts)]
+        return common.unordered(rows, tokens, of=self.of)
