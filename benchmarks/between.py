@@ -24,7 +24,7 @@ from vtprune.bench import runner
 from vtprune.bench.clocks import Times, timed_runs
 from vtprune.bench.shapes import default_size
 from vtprune.config import PruneConfig
-from vtprune.engine import graph
+from vtprune.engine import decoder, graph
 from vtprune.engine.attach import attached
 from vtprune.models import find_family
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--eager-choice", action="store_true", help="also without the choice of tokens as a graph")
     args = parser.parse_args()
-    graph.TUNED_ROWS = 0  # tuning takes a minute, and gives nothing here
+    decoder.TUNED_ROWS = 0  # tuning takes a minute, and gives nothing here
     model = bench.build(args.preset, torch.device(args.device))
     size = default_size(args.preset, model)
     inputs = bench.make_inputs(model, 1, size)

@@ -34,7 +34,7 @@ from benchmarks.kernels_greedy import naive_max_min
 from vtprune import bench, registry
 from vtprune.bench import Case, Line, Row, runner
 from vtprune.config import PruneConfig
-from vtprune.engine import graph
+from vtprune.engine import decoder, replay
 from vtprune.errors import VTPruneError
 from vtprune.eval.runner import current_commit as commit
 from vtprune.models import find_family
@@ -247,7 +247,7 @@ def variants(model: nn.Module, preset: Preset) -> Iterator[tuple[str, Callable[[
     inputs = bench.make_inputs(model, preset.case.batch, preset.case.size, preset.case.text)
 
     def setting(fuses: bool, tuned: int) -> None:
-        graph.Replay.fuses, graph.TUNED_ROWS = fuses, tuned
+        replay.Replay.fuses, decoder.TUNED_ROWS = fuses, tuned
 
     for name, fuses, tuned in (("as it is", False, 0), ("fused", True, 0), ("fused, tuned", True, 512)):
         config = PruneConfig("grid", keep=preset.keep, compile="graph")
@@ -361,7 +361,7 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
     settings: list[tuple[str, Callable[[], None], list[Line]]] = [("", lambda: None, lines_of(model, preset))]
     if name == "variants":
         settings = list(variants(model, preset))
-    before = graph.Replay.fuses, graph.TUNED_ROWS
+    before = replay.Replay.fuses, decoder.TUNED_ROWS
     given: dict[str, Any] = {name: getattr(preset, name) for name in ("new_tokens", "flops", "min_runs", "warm_up")}
     for label, prepare, lines in settings:
         prepare()
@@ -384,7 +384,7 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
                 print(f"FAILED {name} {[line.method for line in batch]}\n{traceback.format_exc()}", file=sys.stderr)
                 complete = False
                 torch.cuda.empty_cache()
-    graph.Replay.fuses, graph.TUNED_ROWS = before
+    replay.Replay.fuses, decoder.TUNED_ROWS = before
     return complete
 
 

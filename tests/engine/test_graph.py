@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import vtprune
 from vtprune import registry
-from vtprune.engine import graph
+from vtprune.engine import decoder, graph, replay
 from vtprune.engine.attach import engine_of
 from vtprune.errors import ConfigError, VTPruneWarning
 from vtprune.models import find_family
@@ -28,7 +28,7 @@ SAME = 2e-5  # fp32; other kernels, the same sums
 
 
 class StandIn:
-    """What `graph.Replay` is on a GPU."""
+    """What `replay.Replay` is on a GPU."""
 
     fuses = False
     made: int = 0
@@ -54,8 +54,8 @@ class StandIn:
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
-    monkeypatch.setattr(graph, "Replay", StandIn)
-    monkeypatch.setattr(graph, "obstacle", lambda device: "")
+    monkeypatch.setattr(replay, "Replay", StandIn)
+    monkeypatch.setattr(replay, "obstacle", lambda device: "")
     monkeypatch.setattr(StandIn, "made", 0)
     return StandIn
 
@@ -247,7 +247,7 @@ def test_a_capture_that_fails_is_not_tried_again(
 
 @torch.no_grad()
 def test_no_more_graphs_than_said(anywhere: Any, llava: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(replay, "MAX_GRAPHS", 2)
     long = [tiny.prompt(llava, 1, end=n) for n in (5, 40, 80, 5)]
     with vtprune.apply(llava, "norm", keep=KEEP):
         expected = [llava(**inputs).logits for inputs in long]
@@ -295,7 +295,7 @@ def test_the_choice_is_captured_for_pictures_of_the_same_shapes(
 def test_more_shapes_than_graphs_are_not_captured_again_and_again(
     anywhere: Any, llava: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(replay, "MAX_GRAPHS", 2)
     monkeypatch.setattr(graph, "CAPTURED_AFTER", 1)
     prompts = [tiny.prompt(llava, pictures) for pictures in (1, 2, 3)]
     with vtprune.apply(llava, "norm", keep=KEEP, compile="graph"):
@@ -409,18 +409,20 @@ def test_config_refuses_other_words_and_goes_to_json() -> None:
 def test_inductor_compiles_a_layer_and_it_is_the_same() -> None:
     """The very function that a GPU captures, whole (no graph break), with grouped queries and a bias."""
     torch.manual_seed(0)
-    shape = graph.Shape(heads=4, kv_heads=2, head_dim=8, eps=1e-6)
+    shape = decoder.Shape(heads=4, kv_heads=2, head_dim=8, eps=1e-6)
 
-    def weights() -> graph.Weights:
+    def weights() -> decoder.Weights:
         qkv, gate_up = torch.randn(64, 32) / 6, torch.randn(128, 32) / 6
         out, down = torch.randn(32, 32) / 6, torch.randn(32, 64) / 6
-        return graph.Weights(torch.rand(32), qkv, torch.rand(64), out, None, torch.rand(32), gate_up, None, down, None)
+        return decoder.Weights(
+            torch.rand(32), qkv, torch.rand(64), out, None, torch.rand(32), gate_up, None, down, None
+        )
 
-    function = graph.fused(graph.decoder_layer, 1000)
+    function = decoder.fused(decoder.decoder_layer, 1000)
     for layer in range(2):  # the second has other weights, and must not be compiled again
         hidden, update, cos, sin = torch.randn(2, 40, 32), torch.randn(2, 40, 32), *torch.randn(2, 2, 1, 40, 8)
         made, w = torch.zeros(3, 2, 2, 2, 40, 8), weights()
-        expected = graph.decoder_layer(hidden, update, cos, sin, made[0], w, shape)
+        expected = decoder.decoder_layer(hidden, update, cos, sin, made[0], w, shape)
         with torch.compiler.set_stance("default" if layer == 0 else "fail_on_recompile"):
             found = function(hidden, update, cos, sin, made[1 + layer], w, shape)
         for a, b in zip((*expected, made[0]), (*found, made[1 + layer]), strict=True):

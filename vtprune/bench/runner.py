@@ -22,7 +22,8 @@ import vtprune
 from ..budget import Budget
 from ..config import PruneConfig
 from ..engine.attach import attached, engine_of
-from ..engine.graph import Unfit, empty_cache_for
+from ..engine.decoder import empty_cache_for
+from ..engine.replay import Unfit
 from ..engine.report import prefill_flops
 from ..errors import ConfigError
 from ..eval.controls import smaller

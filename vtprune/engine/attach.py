@@ -5,7 +5,8 @@ Three hooks carry it, all removable and none on a class: one on the inner multim
 grids and the cache; one on its text model, which sees embeddings, positions and mask; one on the text model's rotary
 embedding, which gets the true positions while everything else sees contiguous ones, because attention code takes gaps
 in positions for borders between packed sequences. Beside them the inner model's ``get_*_features`` are wrapped on the
-instance: newer transformers encode pictures in generate(), before the forward, and take grids and sizes away.
+instance: newer transformers encode pictures in generate(), before the forward, and take grids and sizes away. Two other
+methods of it, which wait for the device, are spared the wait (`shortcuts`).
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from . import early, layer_probes, probes, reversible
 from . import positions as pos
 from .call import Call, Encoded, Job
 from .entry import hold_back
-from .graph import PrefillGraphs, Unfit
+from .graph import PrefillGraphs
 from .layers import enter_layer, prune_cache
 from .prefill import Prompt, prune_prompt, unpack
+from .replay import Unfit
 from .report import Report, make_report
+from .shortcuts import Shortcuts
 
 ATTRIBUTE = "_vtprune_engine"
 #: Guards hooks on and hooks off, of any model.
@@ -78,6 +81,7 @@ class Engine:
         compat.check_transformers(transformers.__version__)
         self.family = family
         self.tap = probes.EncoderTap(family, self._wanted_probes)
+        self.shortcuts = Shortcuts(family, self.active_job, lambda: self.local.call)
         self.signature = list(inspect.signature(family.inner.forward).parameters)
         self.job: Job | None = None
         self.users = 0
@@ -120,6 +124,7 @@ class Engine:
         if outer is not inner:
             self._hook_outer(outer)
         self.tap.attach()
+        self.shortcuts.attach()
         setattr(inner, ATTRIBUTE, self)
 
     def _hook_outer(self, outer: Any) -> None:
@@ -140,6 +145,7 @@ class Engine:
         self.hooked_probes.clear()
         self.hooked_attention.clear()
         self.tap.detach()
+        self.shortcuts.detach()
         self.family.inner.__dict__.pop(ATTRIBUTE, None)
         for cache in self.caches:
             pos.refuse(cache)

@@ -2,331 +2,73 @@
 """``compile="graph"``: prefill through CUDA graphs, because at batch 1 a pruned prompt is bound by kernel launches.
 
 With a fixed budget the length of a packed prompt is known before it runs. It is padded to one of a few lengths
-(`bucket`), and for each of them the decoder is captured once: RMSNorm, RoPE, SwiGLU and residual sums fused by
-inductor, attention as PyTorch's own causal kernel, all layers and the rotary embedding in one CUDA graph with static
-input, output and key-value buffers. A replay is a single launch. Padding stands at the right, where causal attention
-never looks, so no mask is needed and rows of the prompt are the same whatever the bucket; keys and values of the
-prompt alone are copied into the caller's cache, which decoding goes on from as ever.
+(`bucket`), and for each of them the decoder (`decoder`) is captured once: all layers and the rotary embedding in one
+CUDA graph with static input, output and key-value buffers (`replay`). A replay is a single launch. Padding stands at
+the right, where causal attention never looks, so no mask is needed and rows of the prompt are the same whatever the
+bucket; keys and values of the prompt alone are copied into the caller's cache, which decoding goes on from as ever.
 
-Projections that read the same input are one matrix product each. Their weights are put side by side in memory and the
-parameters of the model become views of that, so nothing is held twice; `PrefillGraphs.detach` gives each its own
-memory again. Values never change.
+Parameters of the model become views of larger pieces of memory, so nothing is held twice; `PrefillGraphs.detach` gives
+each its own memory again. Values never change.
 
 What cannot run this way runs as without it, and `Report.compiled` says why. Nothing here is used unless asked for.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import operator
 import threading
-import types
-from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from ..budget import ALLOCATIONS
 from ..errors import ConfigError
-from ..kernels._jit import Constants, constant, on_device, remember
-from ..models.base import Family, ImageLayout
-from ..models.llava_next import LlavaNext
+from ..kernels._jit import remember
+from ..models.base import Family
 from ..tokens import Probe, Selection
-from . import early
+from . import early, replay
 from . import positions as pos
-from .layout import BatchLayout, Placed, upload
+from .decoder import (
+    Shape,
+    cache_for,
+    decoder_layer,
+    fill_cache,
+    fused,
+    groups,
+    last_norm,
+    side_by_side,
+    unknown,
+)
+from .layout import BatchLayout, Placed
 from .probes import probes_of
+from .replay import Captured, Shelf, Unfit, copied
 
 if TYPE_CHECKING:
     from .call import Call, Job
     from .probes import EncoderTap
 
-#: Decoder layers of transformers that compute what `decoder_layer` does.
-DECODERS = (
-    "LlamaDecoderLayer",
-    "MistralDecoderLayer",
-    "Qwen2DecoderLayer",
-    "Qwen2VLDecoderLayer",
-    "Qwen2_5_VLDecoderLayer",
-)
 #: Names under which transformers computes plain causal attention, as the graph does.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-#: Graphs kept per part of the model; the least recently used one makes room.
-MAX_GRAPHS = 8
 #: Prompts with pictures of the same shapes that choose their tokens without a graph, before one is captured.
 CAPTURED_AFTER = 2
 #: Rows of a batch beyond which launches no longer matter and static buffers would cost more than they give.
 MAX_ROWS = 1 << 15
-#: Up to so many rows reading the weights bounds the layer, and tuning the matrix products is worth the wait.
-TUNED_ROWS = 512
-WARM_UP = 2
 
 #: Arguments of the text model that the graph honours, or that make no difference to a prefill.
 _HONOURED = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"}
 _NO_DIFFERENCE = {"return_dict", "mm_token_type_ids", "logits_to_keep", "rope_deltas"}
 
 
-class Unfit(Exception):
-    """Why something cannot run as a graph, in words."""
-
-
 def bucket(rows: int) -> int:
     """The captured length that `rows` rows are padded to: multiples of 32, then eight lengths per doubling."""
     step = max(32, (1 << (rows - 1).bit_length()) >> 4)
     return -(-rows // step) * step
-
-
-def obstacle(device: torch.device) -> str:
-    """Why no graph can be captured on this device; empty where it can."""
-    if device.type != "cuda":
-        return f"the model is on the {device.type}, and CUDA graphs need a CUDA device"
-    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 5):
-        return f"PyTorch is {torch.__version__}, and the graph needs 2.5 (grouped-query attention)"
-    return ""
-
-
-class Weights(NamedTuple):
-    """What one decoder layer is made of; ``qkv`` and ``gate_up`` lie side by side in memory."""
-
-    norm_in: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    norm_mlp: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Numbers of a decoder that its code depends on."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
-
-
-def decoder_layer(
-    hidden: Tensor, update: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, w: Weights, shape: Shape
-) -> tuple[Tensor, Tensor]:
-    """One pre-norm decoder layer over a whole prompt without past.
-
-    Parameters
-    ----------
-    hidden, update : Tensor
-        ``[B, C, D]``: the residual stream, and what the layer before adds to it. The sum is taken here, so that it is
-        fused with the norm that reads it.
-    cos, sin : Tensor
-        ``[B, 1, C, d]``.
-    cache : Tensor
-        ``[2, B, Hkv, C, d]``, filled with rotated keys, and values.
-
-    Returns
-    -------
-    hidden, update
-        For the next layer.
-    """
-    batch, length, _ = hidden.shape
-    hidden = hidden + update
-    rows = nn.functional.linear(rms_norm(hidden, w.norm_in, shape.eps), w.qkv, w.qkv_bias)
-    rows = rows.view(batch, length, shape.heads + 2 * shape.kv_heads, shape.head_dim).transpose(1, 2)
-    query, key, value = rows.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    cache[0].copy_(key)
-    cache[1].copy_(value)
-    mixed = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=shape.heads != shape.kv_heads
-    )
-    hidden = hidden + nn.functional.linear(mixed.transpose(1, 2).flatten(2), w.out, w.out_bias)
-    rows = nn.functional.linear(rms_norm(hidden, w.norm_mlp, shape.eps), w.gate_up, w.gate_up_bias)
-    gate, up = rows.chunk(2, dim=-1)
-    return hidden, nn.functional.linear(nn.functional.silu(gate) * up, w.down, w.down_bias)
-
-
-def last_norm(hidden: Tensor, update: Tensor, weight: Tensor, shape: Shape) -> Tensor:
-    return rms_norm(hidden + update, weight, shape.eps)
-
-
-def fused(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
-    """`function` compiled by inductor for one shape.
-
-    From a copy of its code, since PyTorch counts recompilations per code object and gives up after a few.
-    """
-    from torch._inductor import config as inductor
-
-    name = f"{function.__name__}_{rows}"
-    copy = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    options: dict[str, Any] = {"triton.cudagraphs": False}
-    if rows <= TUNED_ROWS:
-        options["max_autotune_gemm"] = True
-        if hasattr(inductor, "autotune_num_choices_displayed"):  # else trials are printed
-            options["autotune_num_choices_displayed"] = 0
-    return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
-
-
-class Pool(NamedTuple):
-    """Memory that graphs share, and the stream on which they are captured.
-
-    One stream for all of them: cuBLAS keeps a workspace (32 MiB on Hopper) for each stream that it has ever run on.
-    Graphs that may run at the same time have another: they would write to the same workspace.
-    """
-
-    handle: Any
-    stream: Any
-
-
-#: Streams whose graphs are gone, by device.
-_IDLE: dict[torch.device, list[Any]] = {}
-
-
-class Replay:
-    """Work captured in a CUDA graph. Calling it launches the graph and returns the static tensors of the capture."""
-
-    #: Whether `decoder_layer` is worth compiling where this runs.
-    fuses = True
-
-    def __init__(self, work: Callable[[], Any], device: torch.device, pool: Any) -> None:
-        stream = pool.stream
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                work()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool.handle, stream=stream, capture_error_mode="thread_local"):
-            self.out = work()
-
-    def __call__(self) -> Any:
-        self.graph.replay()
-        return self.out
-
-    @staticmethod
-    def pool(device: torch.device) -> Pool:
-        idle = _IDLE.get(device)
-        with torch.cuda.device(device):
-            return Pool(torch.cuda.graph_pool_handle(), idle.pop(0) if idle else torch.cuda.Stream(device))
-
-    @staticmethod
-    def pool_bytes(pool: Pool) -> int:
-        """Bytes that the allocator holds for a pool."""
-        return sum(
-            s["total_size"]
-            for s in torch.cuda.memory_snapshot()
-            if tuple(s.get("segment_pool_id", ())) == tuple(pool.handle)
-        )
-
-
-@dataclass
-class Captured:
-    """One graph, with the buffers that it reads and writes."""
-
-    replay: Any
-    inputs: tuple[Tensor, ...]
-    outputs: Any
-    bytes: int
-    read: Any = None  # other tensors whose addresses are part of the graph
-
-
-class Shelf:
-    """The graphs of one part of the model, captured on demand, least recently used first.
-
-    Replays share one memory pool: nothing in it is needed after a replay, because results are copied out before the
-    next one. That order also holds between streams (`run`).
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.pool: Any = Replay.pool(device)
-        self.graphs: OrderedDict[Any, Captured] = OrderedDict()
-        self.refused: dict[Any, str] = {}
-        self.lock = threading.Lock()
-        self.done: Any = None
-        self.closed = False
-        self.about = ""
-
-    def run(
-        self, key: Any, make: Callable[[], Captured], fill: Callable[..., object], take: Callable[[Any], Any]
-    ) -> Any:
-        """Find or make the graph of `key`, ``fill(*inputs)``, replay it, and return what ``take(outputs)`` copies.
-
-        Raises
-        ------
-        Unfit
-            The graph cannot be captured; it is not tried again.
-        """
-        # Buffers are ordinary tensors even if the caller is in inference mode, so that both modes can use them.
-        with self.lock, self._here(), torch.inference_mode(False), torch.no_grad():
-            if self.closed:
-                raise Unfit("it was taken off the model")
-            if key in self.refused:
-                raise Unfit(self.refused[key])
-            if self.done is not None:
-                torch.cuda.current_stream(self.device).wait_event(self.done)
-            if key not in self.graphs:
-                while len(self.graphs) >= MAX_GRAPHS:
-                    if self.done is not None:
-                        self.done.synchronize()  # it may be running
-                    self.graphs.popitem(last=False)
-                try:
-                    self.graphs[key] = make()
-                    self._count()
-                except Exception as error:  # inductor, Triton and CUDA each raise their own
-                    self.pool = Replay.pool(self.device)  # the allocator may still take the old one for being captured
-                    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-                    remember(self.refused, key, f"capture failed ({type(error).__name__}: {reason})", 8 * MAX_GRAPHS)
-                    raise Unfit(self.refused[key]) from error
-            self.graphs.move_to_end(key)
-            captured = self.graphs[key]
-            try:
-                fill(*captured.inputs)
-                captured.replay()
-                return take(captured.outputs)
-            finally:  # also where there was no memory for what is taken: the replay is under way
-                if self.device.type == "cuda":
-                    self.done = torch.cuda.Event()
-                    self.done.record(torch.cuda.current_stream(self.device))
-
-    def close(self) -> None:
-        """Free the graphs, once the device is through with them; nothing runs here any more."""
-        with self.lock:
-            self.closed = True
-            if self.done is not None:
-                self.done.synchronize()
-            self.graphs.clear()
-            if self.pool is not None:
-                _IDLE.setdefault(self.device, []).append(self.pool.stream)
-                self.pool = None
-
-    def _here(self) -> Any:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-
-    def _count(self) -> None:
-        """Say in words how many graphs there are, and what memory they hold."""
-        static = sum(captured.bytes for captured in self.graphs.values())
-        pool = Replay.pool_bytes(self.pool)
-        self.about = f"{len(self.graphs)} captured, {static >> 20} MiB of buffers, {pool >> 20} MiB of pool"
 
 
 class _Local(threading.local):
@@ -363,12 +105,11 @@ class PrefillGraphs:
     ) -> None:
         self.family, self.tap, self.job, self.current, self.own_hooks = family, tap, job, current, own_hooks
         self.local = _Local()
-        self.packings: Constants = {}
         self.met: dict[Any, int] = {}
         self.captures = 0
         lm = family.lm
         self.device = lm.get_input_embeddings().weight.device
-        why = obstacle(self.device) or _unknown(lm)
+        why = replay.obstacle(self.device) or unknown(lm)
         if why:
             raise Unfit(why)
         attention, config = lm.layers[0].self_attn, lm.config
@@ -378,8 +119,8 @@ class PrefillGraphs:
             attention.head_dim,
             lm.norm.variance_epsilon,
         )
-        self.layers = [_side_by_side(layer) for layer in lm.layers]
-        linears = [linear for layer in lm.layers for group in _groups(layer) for linear in group]
+        self.layers = [side_by_side(layer) for layer in lm.layers]
+        linears = [linear for layer in lm.layers for group in groups(layer) for linear in group]
         self.joined = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
         self.lm_modules = _Modules(lm, ("layers", "norm", "rotary_emb"))
         self.doubtful = False
@@ -401,9 +142,6 @@ class PrefillGraphs:
             self.tower_modules = _Modules(tower)
             self.tower_shelf = Shelf(self.device)
             self._wrap(tower, "forward", self._tower_forward)
-            self._wrap(family.inner, "get_placeholder_mask", self._placeholder_mask)
-            if isinstance(family, LlavaNext):
-                self._wrap(family.inner, "pack_image_features", self._pack_features)
 
     def _wrap(self, module: Any, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(module, name, None)
@@ -447,7 +185,7 @@ class PrefillGraphs:
         try:
             self._check(call, kwargs)
             positions = rotary if rotary is not None else pos.without_text_row(kwargs["position_ids"])
-            hidden, cache = self.prefill(kwargs["inputs_embeds"], positions, _cache_for(self.family.lm, kwargs))
+            hidden, cache = self.prefill(kwargs["inputs_embeds"], positions, cache_for(self.family.lm, kwargs))
         except Unfit as why:
             call.rotary = rotary
             call.compiled["language model"] = f"eager: {why}"
@@ -537,7 +275,7 @@ class PrefillGraphs:
         if cache is None:
             return hidden, None
         made = cache()
-        _fill_cache(made, kv)
+        fill_cache(made, kv)
         return hidden, made
 
     def _look(self) -> None:
@@ -552,7 +290,7 @@ class PrefillGraphs:
         positions = torch.zeros(*([3] if ndim == 3 else []), batch, length, dtype=torch.int64, device=self.device)
         cache = torch.zeros(len(self.layers), 2, batch, shape.kv_heads, length, shape.head_dim, **like)
         layer, norm = decoder_layer, last_norm
-        if Replay.fuses:
+        if replay.Replay.fuses:
             layer, norm = fused(decoder_layer, rows), fused(last_norm, rows)
 
         def work() -> tuple[Tensor, Tensor]:
@@ -563,46 +301,9 @@ class PrefillGraphs:
                 hidden, update = layer(hidden, update, cos, sin, cache[i], weights, shape)
             return norm(hidden, update, lm.norm.weight, shape), cache
 
-        replay = Replay(work, self.device, self.shelf.pool)
+        run = replay.Replay(work, self.device, self.shelf.pool)
         static = (embeds, positions, cache)
-        return Captured(replay, static, replay.out, sum(t.nbytes for t in static))
-
-    def _placeholder_mask(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own check of its placeholders waits for the vision tower; the host knows their number already."""
-        call, job = self.current(), self.job()
-        names = ("input_ids", "inputs_embeds", "image_features")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        asked = job is not None and job.config.compile is not None
-        fetched = call.fetched if call is not None else None
-        if not asked or fetched is None or set(given) != set(names) or given["input_ids"] is None:
-            return original(*args, **kwargs)
-        token, embeds = self.family.placeholders["image"], given["inputs_embeds"]
-        if int((fetched.ids == token).sum()) * embeds.shape[-1] != given["image_features"].numel():
-            return original(*args, **kwargs)  # which says what is wrong
-        return (given["input_ids"] == token).unsqueeze(-1).expand_as(embeds)
-
-    def _pack_features(self, original: Callable[..., Any], features: Any, sizes: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own packing waits for the vision tower, and copies everything three times."""
-        job, newline = self.job(), kwargs.get("image_newline")
-        asked = job is not None and job.config.compile is not None and features[0].device == self.device
-        if not asked or args or newline is None or kwargs.get("vision_feature_select_strategy") != "default":
-            return original(features, sizes, *args, **kwargs)
-        layouts = self.family.layouts("image", {"image_sizes": sizes})
-        if [len(rows.flatten(0, 1)) for rows in features] != [layout.raw_length for layout in layouts]:
-            return original(features, sizes, *args, **kwargs)
-        packed = []
-        for rows, layout in zip(features, layouts, strict=True):
-
-            def make(layout: ImageLayout = layout) -> tuple[Tensor, ...]:
-                source = np.zeros(layout.length, np.int64)
-                source[layout.rank] = layout.raw
-                newlines = np.setdiff1d(np.arange(layout.length), layout.rank)
-                return upload(source, self.device), upload(newlines, self.device)
-
-            source, newlines = constant((layout,), self.device, make, self.packings)
-            out = rows.flatten(0, 1).index_select(0, source)
-            packed.append(out.index_copy_(0, newlines, newline.to(out).expand(len(newlines), -1)))
-        return packed, on_device([len(rows) for rows in packed], self.device)
+        return Captured(run, static, run.out, sum(t.nbytes for t in static))
 
     # -- the choice of tokens -----------------------------------------------------------------------------------------
 
@@ -664,10 +365,10 @@ class PrefillGraphs:
         if key not in self.choices.graphs:
             # A capture takes as long as many prefills, and others have to make room: where more shapes come again and
             # again than there are graphs, each further capture waits twice as long.
-            needed = CAPTURED_AFTER << min(max(self.captures - MAX_GRAPHS + 1, 0), 16)
+            needed = CAPTURED_AFTER << min(max(self.captures - replay.MAX_GRAPHS + 1, 0), 16)
             times = self.met.get(key, 0) + 1
             if times <= needed:
-                remember(self.met, key, times, 8 * MAX_GRAPHS)
+                remember(self.met, key, times, 8 * replay.MAX_GRAPHS)
                 raise Unfit("captured when pictures of these shapes come again")
 
         def make() -> Captured:
@@ -683,8 +384,8 @@ class PrefillGraphs:
                 found, kept = type(job).select(job, tokens, stage, batch)
                 return found.index, found.cu_seqlens, found.order, found.features, found.info, kept
 
-            replay, static = Replay(work, self.device, self.choices.pool), (features, *given.values())
-            return Captured(replay, static, replay.out, sum(t.nbytes for t in static), template)
+            run, static = replay.Replay(work, self.device, self.choices.pool), (features, *given.values())
+            return Captured(run, static, run.out, sum(t.nbytes for t in static), template)
 
         def fill(features: Tensor, *given: Tensor) -> None:
             rows = embeds.detach().reshape(-1, embeds.shape[-1])
@@ -692,7 +393,7 @@ class PrefillGraphs:
             for static, value in zip(given, probes.values(), strict=True):
                 static.copy_(value)
 
-        index, cu_seqlens, order, features, info, kept = self.choices.run(key, make, fill, _copied)
+        index, cu_seqlens, order, features, info, kept = self.choices.run(key, make, fill, copied)
         return Selection(index, cu_seqlens, order, features, info), kept
 
     # -- the vision tower ---------------------------------------------------------------------------------------------
@@ -736,8 +437,8 @@ class PrefillGraphs:
                     out = original(static[0], **given)
                 return out, captured
 
-            replay = Replay(work, self.device, self.tower_shelf.pool)
-            return Captured(replay, tuple(static), replay.out, sum(x.nbytes for x in static))
+            run = replay.Replay(work, self.device, self.tower_shelf.pool)
+            return Captured(run, tuple(static), run.out, sum(x.nbytes for x in static))
 
         def fill(*static: Tensor) -> None:
             for buffer, x in zip(static, inputs, strict=True):
@@ -752,23 +453,10 @@ class PrefillGraphs:
         )
         if key not in self.tower_shelf.graphs:
             self.tower_modules.check(ours)
-        out, captured = self.tower_shelf.run(key, make, fill, _copied)
+        out, captured = self.tower_shelf.run(key, make, fill, copied)
         self.tower_modules.check(ours)  # while the GPU is at it; what it reads is held below, whatever was moved
         self.tap.hand_over(captured)
         return out
-
-
-def _copied(out: Any) -> Any:
-    """The same with every tensor in memory of its own."""
-    leaves, spec = pytree.tree_flatten(out)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    copies = [torch.empty_like(t) for t in tensors]
-    # One launch for each dtype: in a mixed list PyTorch copies tensor by tensor.
-    for dtype in dict.fromkeys(t.dtype for t in tensors):
-        into, from_ = ([t for t in some if t.dtype == dtype] for some in (copies, tensors))
-        torch._foreach_copy_(into, from_)
-    fresh = iter(copies)
-    return pytree.tree_unflatten([next(fresh) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
 class _Modules:
@@ -815,109 +503,3 @@ class _Modules:
                 # Those of transformers record hidden states and attention maps, where these are asked for.
                 if key not in own and not str(getattr(hook, "__module__", "")).startswith("transformers."):
                     raise Unfit("a forward hook that is not vtprune's is on a module")
-
-
-def _groups(layer: Any) -> tuple[tuple[Any, ...], ...]:
-    """Linear layers of a decoder layer that read the same input."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-
-
-def _unknown(lm: Any) -> str:
-    """Why the decoder is not one that `decoder_layer` computes; empty if it is."""
-    if "forward" in lm.__dict__ or hasattr(lm, "_hf_hook"):
-        return "something else (accelerate, for example) has replaced the language model's forward"
-    rope = getattr(lm.rotary_emb, "rope_type", "default")
-    if "dynamic" in rope or "longrope" in rope:
-        return f"the rotary embedding ({rope}) depends on the longest position"
-    if not hasattr(getattr(lm, "norm", None), "variance_epsilon"):
-        return f"the last norm of {type(lm).__name__} is not an RMSNorm"
-    first = next(lm.layers[0].parameters())
-    for layer in lm.layers:
-        name = type(layer).__name__
-        if name not in DECODERS or not type(layer).__module__.startswith("transformers."):
-            return f"its decoder layers are {name}, which the graph does not know"
-        if getattr(layer.self_attn, "sliding_window", None):
-            return "it has sliding-window layers"
-        if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-            return f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
-        linears = [*(m for group in _groups(layer) for m in group), layer.self_attn.o_proj, layer.mlp.down_proj]
-        if any(type(m) is not nn.Linear for m in linears):
-            return "linear layers are wrapped or quantised (LoRA adapters, for example: merge them)"
-        if any(p.dtype != first.dtype or p.device != first.device for p in layer.parameters()):
-            return "its weights are on several devices or of several dtypes"
-        for group in _groups(layer):
-            if len({m.bias is None for m in group}) > 1:
-                return "some of its projections that belong together have a bias and some have none"
-    return ""
-
-
-@torch.inference_mode(False)  # or these would be parameters that cannot be trained
-def _side_by_side(layer: Any) -> Weights:
-    """Put weights of a layer that read the same input side by side; its parameters become views of that."""
-
-    def join(parameters: list[Any]) -> Tensor | None:
-        if parameters[0] is None:
-            return None
-        whole = torch.cat([p.data for p in parameters])
-        first = 0
-        for parameter in parameters:
-            size = parameter.shape[0]
-            parameter.data = whole[first : first + size]
-            first += size
-        return whole
-
-    joined = [(join([m.weight for m in group]), join([m.bias for m in group])) for group in _groups(layer)]
-    (qkv, qkv_bias), (gate_up, gate_up_bias) = joined
-    if qkv is not None and qkv.is_cuda:
-        torch.cuda.empty_cache()  # or what was freed would stay reserved in pieces that nothing fits into
-    out, down = layer.self_attn.o_proj, layer.mlp.down_proj
-    assert qkv is not None and gate_up is not None
-    return Weights(
-        layer.input_layernorm.weight.data,
-        qkv,
-        qkv_bias,
-        out.weight.data,
-        None if out.bias is None else out.bias.data,
-        layer.post_attention_layernorm.weight.data,
-        gate_up,
-        gate_up_bias,
-        down.weight.data,
-        None if down.bias is None else down.bias.data,
-    )
-
-
-def empty_cache_for(lm: Any) -> Any:
-    """The cache that a text model makes for itself."""
-    from transformers.cache_utils import DynamicCache
-
-    return DynamicCache(config=lm.config)
-
-
-def _cache_for(lm: Any, kw: dict[str, Any]) -> Callable[[], Any] | None:
-    """Hands out the empty dynamic cache that a prefill fills; None if it is to fill none."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    use, cache = kw.get("use_cache"), kw.get("past_key_values")
-    if cache is None:
-        if not (getattr(lm.config, "use_cache", True) if use is None else use):
-            return None
-        return functools.partial(empty_cache_for, lm)
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        raise Unfit(f"the cache is a {type(cache).__name__}, not a plain dynamic one")
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise Unfit("the cache has layers that are not plain dynamic ones")
-    return lambda: cache
-
-
-def _fill_cache(cache: Any, kv: Tensor) -> None:
-    """Hand keys and values ``[layers, 2, B, Hkv, P, d]`` to an empty cache, as views: no copy, no launch."""
-    from transformers.cache_utils import DynamicLayer
-
-    for i, (keys, values) in enumerate(pair.unbind() for pair in kv.unbind()):
-        if i == len(cache.layers):
-            cache.layers.append(DynamicLayer())
-        layer = cache.layers[i]
-        wanted = layer.lazy_initialization.__code__.co_argcount - 1  # (4.57: keys alone)
-        layer.lazy_initialization(*(keys, values)[:wanted])
-        layer.keys, layer.values = keys, values
