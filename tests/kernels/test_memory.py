@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import vtprune
 from vtprune.errors import ConfigError, InputError, VTPruneWarning
-from vtprune.kernels import dispatch, memory, reference, select
+from vtprune.kernels import _jit, dispatch, memory, reference, select
 from vtprune.pruners import zoo
 from vtprune.tokens import PRE_PROJECTOR
 
@@ -307,3 +307,16 @@ def test_without_triton_pytorch_runs_with_one_warning(monkeypatch: pytest.Monkey
     finally:
         dispatch._obstacle.cache_clear()
         dispatch._warn.cache_clear()
+
+
+def test_few_large_constants_are_kept() -> None:
+    """512 plans of large ragged batches would fill a GPU."""
+    cpu = torch.device("cpu")
+    for number in range(40):
+        first = _jit.constant(("large", number), cpu, lambda: (torch.zeros(_jit._LARGE_BYTES),))
+        again = _jit.constant(("large", number), cpu, lambda: (torch.ones(1),))
+        assert again[0] is first[0]
+    assert len(_jit._LARGE) <= _jit._MOST_LARGE
+    assert not any(sum(t.nbytes for t in found[0]) > _jit._LARGE_BYTES for found in _jit._MADE.values())
+    small = _jit.constant(("small",), cpu, lambda: (torch.zeros(3),))
+    assert any(found[0] is small for found in _jit._MADE.values())

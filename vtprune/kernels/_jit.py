@@ -62,6 +62,9 @@ def remember(cache: dict[Any, Any], key: Any, value: Any, most: int) -> None:
 Constants = dict[tuple[Any, ...], tuple[tuple[Tensor, ...], Any]]
 _MADE: Constants = {}
 _MOST_MADE = 512
+#: The same for large ones (plans of large ragged batches), of which there are few: 512 would fill a GPU.
+_LARGE: Constants = {}
+_MOST_LARGE, _LARGE_BYTES = 16, 1 << 18
 #: Constants whose addresses are part of a captured graph: they must outlive it, and nobody tells when that ends.
 _CAPTURED: list[tuple[Tensor, ...]] = []
 
@@ -82,8 +85,13 @@ def constant(
     """
     if torch._C._len_torch_dispatch_stack():  # made under a mode they may be of its kind: fake tensors, for example
         return make()
-    made = _MADE if made is None else made
+    if (
+        device.type == "cuda" and device.index is None
+    ):  # or another device's would be found once the current one changes
+        device = torch.device("cuda", torch.cuda.current_device())
     key = (*key, device)
+    if made is None:
+        made = _LARGE if key in _LARGE else _MADE
     found = made.get(key)
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
@@ -92,7 +100,11 @@ def constant(
             tensors = make()
         found = tensors, torch.cuda.current_stream(device).record_event() if on_gpu and not capturing else None
         if not capturing:  # inside a graph they have no content before the first replay
-            remember(made, key, found, _MOST_MADE)
+            large = made is _MADE and sum(tensor.nbytes for tensor in tensors) > _LARGE_BYTES
+            if large:
+                remember(_LARGE, key, found, _MOST_LARGE)
+            else:
+                remember(made, key, found, _MOST_MADE)
     elif (ready := found[1]) is not None and not capturing:  # a capture begins with a wait for everything
         if ready.query():
             with _CHANGES:
