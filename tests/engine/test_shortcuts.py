@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -110,3 +111,33 @@ def test_somebody_elses_wrapper_stays() -> None:
         model(**tiny.prompt(model, 1))
         assert inner.__dict__["pack_image_features"] is own
     assert inner.__dict__["pack_image_features"] is own and "get_placeholder_mask" not in inner.__dict__
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_nothing_waits_between_the_tower_and_the_language_model(family: str) -> None:
+    model = tiny.build(family).cuda()
+    bound = find_family(model)
+    inputs = {k: v.cuda() for k, v in tiny.collate(tiny.mixed(model)).items()}
+    waits: list[str] = []
+
+    def loud(*_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def quiet(*_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    handles = [bound.inner.vision_tower.register_forward_hook(loud), bound.lm.register_forward_pre_hook(quiet)]
+    try:
+        with vtprune.apply(model, "norm", keep=0.4):
+            model(**inputs)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                model(**inputs)
+            waits += [f"{w.filename}:{w.lineno}" for w in seen if "called a synchronizing" in str(w.message)]
+    finally:
+        quiet()
+        for handle in handles:
+            handle.remove()
+    assert waits == []
