@@ -64,7 +64,7 @@ class Pruner:
     #: How many tokens it keeps depends on the picture, not on the budget's pools alone (may sync once, for the count).
     adaptive: ClassVar[bool]
 
-    #: Orders all tokens from best to worst, so that its worst can be asked for.
+    #: Orders all tokens from best to worst: a larger budget keeps what a smaller one does, and more.
     ordered: ClassVar[bool] = True
     #: The allocation (see `Budget`) that it takes where nobody asks for another.
     allocation: ClassVar[str] = "equal"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import warnings
 from typing import Any
 
@@ -27,11 +27,11 @@ def counted(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         cls = type(find_family(model).inner)
         if original := getattr(cls, name, None):
 
+            @functools.wraps(original)  # it counts as transformers' own
             def step(self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
                 ran.append(_name)
                 return _original(self, *args, **kwargs)
 
-            step.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
             monkeypatch.setattr(cls, name, step)
     return ran
 
@@ -91,6 +91,58 @@ def test_what_is_wrong_is_the_models_own_error(family: str) -> None:
                 model(**inputs)
         said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+@torch.no_grad()
+def test_however_packing_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava_next")
+    inner, inputs = find_family(model).inner, tiny.prompt(model, 2)
+    sizes, newline = inputs["image_sizes"], inner.image_newline
+    layouts = find_family(model).layouts("image", {"image_sizes": sizes})
+    features = [torch.rand(layout.raw_length // 16, 16, len(newline)) for layout in layouts]
+    names = ("image_features", "image_sizes", "vision_feature_select_strategy", "image_newline")
+    whole = dict(zip(names, (features, sizes, "default", newline), strict=True))
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (inner, (), whole),
+        (inner, tuple(whole.values()), {}),
+        (inner, (features, sizes), {k: whole[k] for k in names[2:]}),
+        (inner, (features, sizes, "default"), {}),
+        (inner, (features, list(sizes), "default", newline), {}),
+        (inner, (features, sizes), {}),
+        (model, (), whole),
+    ]
+
+    def said(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return target.pack_image_features(*args, **kwargs)
+        except TypeError as error:
+            return str(error)
+
+    stock = [said(*call) for call in calls if hasattr(call[0], "pack_image_features")]
+    with vtprune.apply(model, "norm", keep=0.4):
+        model(**inputs)
+        ours = [said(*call) for call in calls if hasattr(call[0], "pack_image_features")]
+    for a, b in zip(stock, ours, strict=True):
+        if isinstance(a, str):
+            assert a == b
+        else:
+            assert all(map(torch.equal, a[0], b[0])) and torch.equal(a[1], b[1])
+
+
+@torch.no_grad()
+def test_an_own_version_of_a_step_runs() -> None:
+    model = tiny.build("llava")
+    inner, ran = find_family(model).inner, []
+
+    class Own(type(inner)):  # type: ignore[misc]
+        def get_placeholder_mask(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> Any:
+            ran.append(True)
+            return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+
+    inner.__class__ = Own
+    with vtprune.apply(model, "norm", keep=0.4):
+        model(**tiny.prompt(model, 1))
+    assert ran
 
 
 @torch.no_grad()

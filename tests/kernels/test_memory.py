@@ -316,6 +316,8 @@ def test_few_large_constants_are_kept() -> None:
         first = _jit.constant(("large", number), cpu, lambda: (torch.zeros(_jit._LARGE_BYTES),))
         again = _jit.constant(("large", number), cpu, lambda: (torch.ones(1),))
         assert again[0] is first[0]
+        kept = _jit.constant(("large", 0), cpu, lambda: (torch.ones(1),))
+        assert kept[0].numel() > 1  # asked for all the time, so never gone
     assert len(_jit._LARGE) <= _jit._MOST_LARGE
     assert not any(sum(t.nbytes for t in found[0]) > _jit._LARGE_BYTES for found in _jit._MADE.values())
     small = _jit.constant(("small",), cpu, lambda: (torch.zeros(3),))

@@ -49,6 +49,20 @@ def test_without_an_order_what_is_dropped_first_stays(of: str) -> None:
     assert found.info == {"of": of} and found.cu_seqlens.tolist() == [0, 3, 6, 9, 10]
 
 
+@pytest.mark.parametrize("of", ["tome", "visionzip", "prumerge+"])
+def test_alone_as_in_a_batch_where_all_stays(of: str) -> None:
+    """A sample that keeps all was given back as the other method would have it, merged rows and all."""
+    both = build("worst", {"of": of}).select(make_tokens([[[(5, 5)]], [[(1, 2)]]], cls_row=True), Budget(3))
+    alone = build("worst", {"of": of}).select(make_tokens([[[(1, 2)]]], cls_row=True), Budget(3))
+    assert alone.index.tolist() == [0, 1] and both.index.tolist()[3:] == [25, 26]
+    assert alone.features is None is both.features and alone.info == both.info == {"of": of}
+
+
+def test_what_a_method_says_of_its_caches_holds_for_its_worst_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vtprune.methods()["fastv"], "prune_early_kv", True)
+    assert build("worst", {"of": "fastv"}).fit(8).prune_early_kv and not build("worst", {}).prune_early_kv
+
+
 def test_what_has_no_worst_end_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown method 'nrom'"):
         build("worst", {"of": "nrom"})
@@ -57,5 +71,5 @@ def test_what_has_no_worst_end_is_refused() -> None:
     with pytest.raises(ConfigError, match="of='corematching' finds its own count"):
         build("worst", {"of": "corematching"})
     for of in ("grid", "pool", "frames", "visual-exit"):
-        with pytest.raises(ConfigError, match=f"of='{of}' values no token more than another"):
+        with pytest.raises(ConfigError, match=f"of='{of}' names no mechanism"):
             vtprune.select(make_tokens([[[(5, 5)]]]), "worst", of=of, keep=3)

@@ -62,9 +62,10 @@ def remember(cache: dict[Any, Any], key: Any, value: Any, most: int) -> None:
 Constants = dict[tuple[Any, ...], tuple[tuple[Tensor, ...], Any]]
 _MADE: Constants = {}
 _MOST_MADE = 512
-#: The same for large ones (plans of large ragged batches), of which there are few: 512 would fill a GPU.
+#: The same for large ones (plans of large ragged batches), of which there are few: 512 would fill a GPU. Those that
+#: nobody asked for the longest go first.
 _LARGE: Constants = {}
-_MOST_LARGE, _LARGE_BYTES = 16, 1 << 18
+_MOST_LARGE, _LARGE_BYTES = 32, 1 << 18
 #: Constants whose addresses are part of a captured graph: they must outlive it, and nobody tells when that ends.
 _CAPTURED: list[tuple[Tensor, ...]] = []
 
@@ -91,7 +92,11 @@ def constant(
         device = torch.device("cuda", torch.cuda.current_device())
     key = (*key, device)
     if made is None:
-        made = _LARGE if key in _LARGE else _MADE
+        made = _MADE
+        with _CHANGES:
+            if key in _LARGE:
+                made = _LARGE
+                _LARGE[key] = _LARGE.pop(key)
     found = made.get(key)
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from ..kernels._jit import remember
+from ..kernels._jit import Constants, remember
 from ..kernels.attention_rows import attention_rows
 from ..tokens import CLS_ROW, PRE_PROJECTOR, Probe
 
@@ -51,6 +51,8 @@ class ImageLayout:
         Per segment, as in `VisualTokens`.
     grid, size
         As ``image_grid`` and ``image_size`` in `VisualTokens`.
+    made
+        What was made of it on a device.
     """
 
     length: int
@@ -64,6 +66,7 @@ class ImageLayout:
     seg_box: tuple[tuple[float, float, float, float], ...]
     grid: tuple[int, int, int]
     size: tuple[int, int] | None = None
+    made: Constants = field(default_factory=dict, repr=False)
 
 
 class PlainTower(NamedTuple):

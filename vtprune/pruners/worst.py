@@ -39,7 +39,7 @@ class WorstPruner(Pruner):
     Raises
     ------
     ConfigError
-        The other method cannot be built, finds its own count, or treats all tokens alike.
+        The other method cannot be built, finds its own count, or neither orders tokens nor says what they differ in.
     """
 
     paper = "baseline"
@@ -58,7 +58,7 @@ class WorstPruner(Pruner):
         if self.other.adaptive:
             raise ConfigError(f"of={self.of!r} finds its own count and has no K worst tokens; choose another method")
         if not self.other.ordered and not {*self.other.mechanism} - {"transformation"}:
-            raise ConfigError(f"of={self.of!r} values no token more than another; choose another method")
+            raise ConfigError(f"of={self.of!r} names no mechanism that makes tokens differ; choose another method")
         # What a class says about itself, an instance says here.
         self.__dict__.update(
             modality=self.other.modality,
@@ -67,6 +67,7 @@ class WorstPruner(Pruner):
             training_free=self.other.training_free,
             ordered=self.other.ordered,
             allocation=self.other.allocation,
+            prune_early_kv=self.other.prune_early_kv,
         )
 
     @property
@@ -104,15 +105,11 @@ class WorstPruner(Pruner):
             scores = self.other.score(tokens)
             upside_down = -scores.masked_fill(scores.isnan(), -torch.inf)
             return Selection.from_order(reference.topk(upside_down, pools.lens, pools.counts), tokens, of=self.of)
-        if self.other.ordered:
-            order = self.other.select(tokens, given(pools.lens), stage).order
-            if order is None or len(order) != sum(pools.lens):  # another package's method that says it has one
-                raise ConfigError(f"of={self.of!r} says that it orders all tokens, and does not; choose another method")
+        order = self.other.select(tokens, given(pools.lens), stage).order if self.other.ordered else None
+        if order is not None and len(order) == sum(pools.lens):
             ends = accumulate(pools.lens)
             worst = [order[end - count : end].flip(0) for end, count in zip(ends, pools.counts, strict=True)]
             return Selection.from_order(torch.cat(worst) if worst else order, tokens, of=self.of)
-        if pools.counts == pools.lens:  # a step that drops nothing may yet look at something that later ones need
-            return self.other.select(tokens, budget, stage)
         others = tuple(n - count for n, count in zip(pools.lens, pools.counts, strict=True))
         best = self.other.select(tokens, given(others), stage).index
         dropped = torch.ones_like(tokens.source, dtype=torch.int8).index_fill_(0, best, 0)
