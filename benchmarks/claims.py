@@ -54,19 +54,20 @@ def pairs(answers: Mapping[str, Mapping[str, Answers]]) -> Iterator[Row]:
     for model, tasks in answers.items():
         columns = set.intersection(*(set(found.columns) for found in tasks.values()))
         keeps = sorted({keep for method, keep in columns if method == "random"}, key=_share, reverse=True)
-        methods = list(dict.fromkeys(m for m, _ in next(iter(tasks.values())).columns if (m, keeps[0]) in columns))
+        methods = list(dict.fromkeys(m for m, at in next(iter(tasks.values())).columns if at in keeps))
         wanted = [(first, second) for first, second, _ in CLAIMS]
         wanted += [(name, cheap) for name in methods for cheap in CHEAP if name not in CHEAP and _end(name) is None]
         wanted += [("random", name) for name in methods if _end(name)]
-        wanted = [pair for pair in dict.fromkeys(wanted) if all((name, keeps[0]) in columns for name in pair)]
+        wanted = list(dict.fromkeys(wanted))
         kinds = [f"{task}/{kind}" for task, found in tasks.items() for kind in found.kinds]
         for keep in keeps:
-            names = list(dict.fromkeys(name for pair in wanted for name in pair))
+            asked = [pair for pair in wanted if all((name, keep) in columns for name in pair)]
+            names = list(dict.fromkeys(name for pair in asked for name in pair))
             scores = np.concatenate(
                 [found.scores[:, [found.columns.index((name, keep)) for name in names]] for found in tasks.values()]
             )
             means, drawn = stats.macro(scores, kinds), stats.bootstrap(scores, kinds)
-            for first, second in wanted:
+            for first, second in asked:
                 a, b = names.index(first), names.index(second)
                 value = stats.interval(means[a] - means[b], drawn[:, a] - drawn[:, b])
                 row: Row = {"model": model, "keep": keep, "method": first, "than": second, "n": len(scores)}
@@ -168,7 +169,7 @@ def _worst(by: Found, models: Sequence[str], keeps: Sequence[str]) -> Iterator[s
         f"{', '.join(keeps)}; large is good, and what is struck out is *better* than chance: there the score is no "
         "measure of worth."
     )
-    ends = [name for name in VALUING if any(("random", f"worst of={name}", m, keeps[0]) in by for m in models)]
+    ends = [n for n in VALUING if any(("random", f"worst of={n}", m, keep) in by for m in models for keep in keeps)]
     yield _table(
         ["score of", *models], [[f"`{n}`", *_cells(by, "random", f"worst of={n}", models, keeps)] for n in ends]
     )
