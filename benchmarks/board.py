@@ -59,7 +59,8 @@ def request_of(which: str, given: argparse.Namespace) -> Request:
     models, methods, count, keeps = SETS[which]
     tasks = ("pocketvqa/basic",) if which == "ci" else tuple(given.tasks)
     models, keeps = tuple(given.models or models), tuple(given.keep or keeps)
-    return Request(models, tasks, methods, keeps, "test", given.questions or count, device=given.device)
+    count = given.questions or count
+    return Request(models, tasks, methods, keeps, "test", count, device=given.device, costs=not given.untimed)
 
 
 def where() -> str:
@@ -198,6 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=None, help="processes; default 6 on a GPU, 1 on a CPU")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no more batches after this time")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--untimed", action="store_true", help="answers alone: no time, no memory")
     parser.add_argument("--rows", type=Path, default=None, help="folder of all answers; what it holds is not run again")
     parser.add_argument("--out", type=Path, default=None, help="folder of the tables and the page")
     given = parser.parse_args(arguments)
