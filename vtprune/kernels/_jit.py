@@ -86,9 +86,7 @@ def constant(
     """
     if torch._C._len_torch_dispatch_stack():  # made under a mode they may be of its kind: fake tensors, for example
         return make()
-    if (
-        device.type == "cuda" and device.index is None
-    ):  # or another device's would be found once the current one changes
+    if device.type == "cuda" and device.index is None:  # that is another one once the current device changes
         device = torch.device("cuda", torch.cuda.current_device())
     key = (*key, device)
     if made is None:
