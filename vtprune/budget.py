@@ -7,6 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -240,29 +241,49 @@ class Budget:
         that the images came with (``tokens.ctx["image_lens"]``), and never exceeds what is left.
         """
         image_lens = tokens.image_lens
-        wanted = [self.image_count(n) for n in tokens.ctx.get("image_lens", image_lens)]
-        if self.scope == "joint":
-            lens, totals = [0] * tokens.num_samples, [0] * tokens.num_samples
-            for image, sample in enumerate(tokens.image_sample):
-                lens[sample] += image_lens[image]
-                totals[sample] += wanted[image]
-            return Pools(tuple(lens), tuple(map(min, totals, lens)))
-        counts = tuple(map(min, wanted, image_lens))
-        if self.allocation == "pooled":
-            return Pools(image_lens, counts)
-        if self.allocation in _POLICIES:
+        whole = tuple(tokens.ctx.get("image_lens", image_lens))
+        if self.scope != "joint" and self.allocation in _POLICIES:
+            counts = tuple(map(min, map(self.image_count, whole), image_lens))
             return Pools(tokens.seqlens, _POLICIES[self.allocation].split(tokens, self.keep, counts))
-        shares: list[int] = []
-        if self.allocation == "proportional":
-            for sample in range(tokens.num_samples):
-                own = [image for image, s in enumerate(tokens.image_sample) if s == sample]
-                segments = [n for n, i in zip(tokens.seqlens, tokens.seg_image, strict=True) if i in own]
-                shares.extend(largest_remainder(min(sum(segments), sum(wanted[i] for i in own)), segments))
-            return Pools(tokens.seqlens, tuple(shares))
-        for image, k in enumerate(counts):
-            segments = [n for n, i in zip(tokens.seqlens, tokens.seg_image, strict=True) if i == image]
-            shares.extend(largest_remainder(k, segments))
-        return Pools(tokens.seqlens, tuple(shares))
+        # 1 and 1.0 are equal, and are not the same budget.
+        return _pools(
+            self, isinstance(self.keep, int), image_lens, whole, tokens.image_sample, tokens.seqlens, tokens.seg_image
+        )
+
+
+@lru_cache(maxsize=256)
+def _pools(
+    budget: Budget,
+    counted: bool,
+    image_lens: tuple[int, ...],
+    whole: tuple[int, ...],
+    image_sample: tuple[int, ...],
+    seqlens: tuple[int, ...],
+    seg_image: tuple[int, ...],
+) -> Pools:
+    """`Budget.pools` where lengths say everything: a prefill asks three times, and the next like it again."""
+    wanted = [budget.image_count(n) for n in whole]
+    num_samples = max(image_sample, default=-1) + 1
+    if budget.scope == "joint":
+        lens, totals = [0] * num_samples, [0] * num_samples
+        for image, sample in enumerate(image_sample):
+            lens[sample] += image_lens[image]
+            totals[sample] += wanted[image]
+        return Pools(tuple(lens), tuple(map(min, totals, lens)))
+    counts = tuple(map(min, wanted, image_lens))
+    if budget.allocation == "pooled":
+        return Pools(image_lens, counts)
+    shares: list[int] = []
+    if budget.allocation == "proportional":
+        for sample in range(num_samples):
+            own = [image for image, s in enumerate(image_sample) if s == sample]
+            segments = [n for n, i in zip(seqlens, seg_image, strict=True) if i in own]
+            shares.extend(largest_remainder(min(sum(segments), sum(wanted[i] for i in own)), segments))
+        return Pools(seqlens, tuple(shares))
+    for image, k in enumerate(counts):
+        segments = [n for n, i in zip(seqlens, seg_image, strict=True) if i == image]
+        shares.extend(largest_remainder(k, segments))
+    return Pools(seqlens, tuple(shares))
 
 
 @dataclass(frozen=True)

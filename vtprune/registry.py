@@ -134,7 +134,7 @@ class Pruner:
                 f"{type(self).__name__}.score returned shape {tuple(scores.shape)}; expected one number per token, "
                 f"{tuple(tokens.source.shape)}"
             )
-        return Selection.from_order(reference.topk(scores, pools.lens, pools.counts), tokens)
+        return Selection.from_order(reference.topk(scores, pools.lens, pools.counts), tokens, pools)
 
 
 def choose(pruner: Pruner, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .kernels._jit import on_device
 from .kernels.select import Picks
+
+if TYPE_CHECKING:
+    from .budget import Pools
 
 #: What a segment can be.
 SEGMENT_KINDS = ("image", "thumbnail", "crop", "frame")
@@ -295,15 +298,16 @@ class Selection:
     info: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_order(cls, order: Tensor, tokens: VisualTokens, **info: str) -> Selection:
-        """A selection from flat rows in the order of choice (``[K]``, no row twice)."""
+    def from_order(cls, order: Tensor, tokens: VisualTokens, pools: Pools | None = None, **info: str) -> Selection:
+        """A selection from flat rows in the order of choice (``[K]``, no row twice); with the `pools` that they were
+        chosen from, if these are known, which may spare a launch."""
         index = order.sort().values
-        return cls(index, torch.searchsorted(index, tokens.cu_seqlens), order, None, info)
+        return cls(index, _borders(index, tokens, pools), order, None, info)
 
     @classmethod
-    def from_picks(cls, picks: Picks, tokens: VisualTokens, **info: str) -> Selection:
-        """A selection from what a greedy op picked."""
-        return cls(picks.index, torch.searchsorted(picks.index, tokens.cu_seqlens), picks.order, None, info)
+    def from_picks(cls, picks: Picks, tokens: VisualTokens, pools: Pools | None = None, **info: str) -> Selection:
+        """A selection from what a greedy op picked; `pools` as above."""
+        return cls(picks.index, _borders(picks.index, tokens, pools), picks.order, None, info)
 
     @classmethod
     def from_mask(cls, mask: Tensor, tokens: VisualTokens, **info: str) -> Selection:
@@ -313,3 +317,10 @@ class Selection:
 
     def __len__(self) -> int:
         return self.index.shape[0]
+
+
+def _borders(index: Tensor, tokens: VisualTokens, pools: Pools | None) -> Tensor:
+    """`Selection.cu_seqlens`; the host knows them where pools are segments."""
+    if pools is not None and pools.lens == tokens.seqlens:
+        return cu_seqlens_of(pools.counts, index.device)
+    return torch.searchsorted(index, tokens.cu_seqlens)

@@ -350,7 +350,7 @@ class Engine:
         if call is None or embeds is None or not (call.masks or state is not None):
             return None
         call.cache, call.past = cache, int(cache.get_seq_length()) if cache is not None else 0
-        valid = new_rows(kw.get("attention_mask"), state, call.past, embeds)
+        valid = new_rows(kw.get("attention_mask"), state, call.past, embeds, call.fetched)
         if call.masks:
             return (args, kw) if self._prune(call, kw, state, valid) else None
         assert state is not None
@@ -363,7 +363,7 @@ class Engine:
         new = pos.all_valid(len(embeds), embeds.shape[1], embeds.device) if valid is None else valid
         host_new, host_masks, host_ids = probes.to_host(self.family, call, kw.get("attention_mask"), new)
         layout = probes.match(self.family, call, host_masks, host_ids, embeds)
-        unpadded = bool(host_new.all())
+        unpadded = valid is None or bool(host_new.all())
         if not unpadded and not host_new.reshape(-1)[layout.position].all():
             raise InputError("the attention mask hides visual tokens; mask only padding")
         placed = layout.on(embeds.device, *embeds.shape[:2])
@@ -564,8 +564,10 @@ def watching(family: Family, watch: Callable[[Call], None] | None = None, entry:
             engine.local.watchers, engine.local.entry = before
 
 
-def new_rows(mask: Any, state: pos.CacheState | None, past: int, embeds: Tensor) -> Tensor | None:
-    """Which new rows are tokens, ``[B, q]`` bool; None if all are.
+def new_rows(
+    mask: Any, state: pos.CacheState | None, past: int, embeds: Tensor, fetched: probes.Fetched | None = None
+) -> Tensor | None:
+    """Which new rows are tokens, ``[B, q]`` bool; None if all are and nobody has to ask the device for that.
 
     Raises
     ------
@@ -588,6 +590,8 @@ def new_rows(mask: Any, state: pos.CacheState | None, past: int, embeds: Tensor)
             "new; pass only the new tokens, with the mask of the whole conversation (dropped tokens and padding "
             "included)"
         )
+    if fetched is not None and fetched.mask is mask and fetched.all_valid:
+        return None
     return mask[:, before:].to(embeds.device).bool()
 
 

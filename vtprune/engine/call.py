@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..budget import Budget
+from ..budget import Budget, Pools
 from ..config import PruneConfig
 from ..errors import VTPruneError
 from ..models.base import Encoding
@@ -122,12 +122,20 @@ class Job:
                     f"{list(pools.counts)}, or named them twice or out of order; see Selection and Budget.pools"
                 )
             self.trusted = True
-        # Pools nest in samples, and both follow the flat rows: where a pool starts tells its sample.
-        ends = np.cumsum(tokens.sample_lens(batch))
-        starts = np.concatenate([[0], np.cumsum(pools.lens)[:-1]]) if pools.lens else np.zeros(0)
-        filled = np.asarray(pools.lens) > 0
-        sample = np.searchsorted(ends, starts[filled], side="right")
-        return selection, np.bincount(sample, np.asarray(pools.counts)[filled], batch).astype(np.int64)
+        return selection, _per_sample(pools, tokens.sample_lens(batch))
+
+
+@functools.lru_cache(maxsize=256)
+def _per_sample(pools: Pools, sample_lens: tuple[int, ...]) -> np.ndarray:
+    """Kept tokens of each sample; not to be written to."""
+    # Pools nest in samples, and both follow the flat rows: where a pool starts tells its sample.
+    ends = np.cumsum(sample_lens)
+    starts = np.concatenate([[0], np.cumsum(pools.lens)[:-1]]) if pools.lens else np.zeros(0)
+    filled = np.asarray(pools.lens) > 0
+    sample = np.searchsorted(ends, starts[filled], side="right")
+    kept = np.bincount(sample, np.asarray(pools.counts)[filled], len(sample_lens)).astype(np.int64)
+    kept.flags.writeable = False
+    return kept
 
 
 @dataclass
@@ -250,7 +258,10 @@ class Call:
         assert self.state is not None
         batch, queries, _ = embeds.shape
         kw["inputs_embeds"] = embeds
-        kw["attention_mask"] = self.state.masks[0].long()
+        mask = self.state.masks[0]
+        # A prompt like this one comes again; every step of decoding has another length.
+        full = self.state.full[0] and queries > 1
+        kw["attention_mask"] = pos.ones(batch, mask.shape[1], mask.device) if full else mask.long()
         if positions.ndim == 3:
             kw["position_ids"] = pos.with_text_row(positions, self.past)
         else:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedModelError
 from ..models.base import Family
 from . import positions as pos
-from .prefill import Pack, Prompt, gather, joined, pack, past_masks, prompt_positions
+from .prefill import Pack, Prompt, gather, joined, pack, past_masks, positions_at, prompt_positions
 
 if TYPE_CHECKING:
     from .call import Call
@@ -104,7 +104,7 @@ def hold_back(
         rows=embeds.reshape(-1, width)[flat],
         slots=moved(flat),
         visual=moved(slots),
-        positions=gather(positions, plan.index, positions.ndim - 1),
+        positions=positions_at(positions, plan.index),
         rotary=family.lm.rotary_emb,
         counts=rows.tolist(),
     )
@@ -123,4 +123,4 @@ def hold_back(
         next_position=next_original,
         mrope=family.mrope,
     )
-    call.set_sequence(kw, gather(embeds, text.index, 1), gather(positions, text.index, positions.ndim - 1))
+    call.set_sequence(kw, gather(embeds, text.index, 1), positions_at(positions, text.index))

@@ -134,6 +134,18 @@ def _crop_layers(cache: Any, state: CacheState) -> None:
             )
 
 
+def _lengths(cache: Any) -> list[int]:
+    """Slots of each layer of a cache. Asked of every layer after every forward, so plain ones are read directly."""
+    from transformers.cache_utils import DynamicLayer
+
+    return [
+        layer.keys.shape[-2]
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.keys.ndim == 4
+        else int(cache.get_seq_length(i))
+        for i, layer in enumerate(cache.layers)
+    ]
+
+
 def adopt(cache: Any, state: CacheState) -> CacheState:
     """Fit a state to a cache that a KV-cache compressor shortened while the forward ran (kvpress works this way).
 
@@ -142,7 +154,9 @@ def adopt(cache: Any, state: CacheState) -> CacheState:
     InputError
         The batch has padding: which slots hold it is not known any more.
     """
-    lengths = [int(cache.get_seq_length(i)) for i in range(len(cache.layers))]
+    lengths = _lengths(cache)
+    if len(state.masks) == 1 and set(lengths) == {state.masks[0].shape[1]}:
+        return state
     if all(n == state.masks[state.group(i)].shape[1] for i, n in enumerate(lengths)):
         return state
     if not all(state.full.values()):
@@ -243,6 +257,18 @@ def contiguous(batch: int, length: int, past: int, device: torch.device) -> Tens
     if past:
         return torch.arange(past, past + length, device=device).expand(batch, -1)
     return constant(("slots", length), device, lambda: (torch.arange(length, device=device),))[0].expand(batch, -1)
+
+
+def ranks(batch: int, length: int, device: torch.device) -> Tensor:
+    """``1, 2, ...`` for every row, ``[B, length]``; not to be written to."""
+    make = functools.partial(torch.arange, 1, length + 1, device=device)
+    return constant(("ranks", batch, length), device, lambda: (make().repeat(batch, 1),))[0]
+
+
+def ones(batch: int, length: int, device: torch.device) -> Tensor:
+    """``[B, length]`` int64 ones, a mask in the form that models want; not to be written to."""
+    make = functools.partial(torch.ones, batch, length, dtype=torch.int64, device=device)
+    return constant(("ones", batch, length), device, lambda: (make(),))[0]
 
 
 def all_valid(batch: int, length: int, device: torch.device) -> Tensor:

@@ -71,8 +71,7 @@ def pack(keep: Tensor, counts: list[int], starts: bool = False) -> Pack:
     kept_so_far = keep.cumsum(1)
     if min(counts) == width:
         # The k-th kept row stands where the count of kept rows comes to k.
-        ranks = pos.contiguous(1, width + 1, 0, keep.device)[:, 1:].expand(batch, -1)
-        index = torch.searchsorted(kept_so_far, ranks if batch == 1 else ranks.contiguous())
+        index = torch.searchsorted(kept_so_far, pos.ranks(batch, width, keep.device))
         return Pack(index, pos.all_valid(batch, width, keep.device), kept_so_far - 1, True, starts)
     # A stable sort brings dropped slots to the left and kept ones, in order, to the right.
     order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)
@@ -96,16 +95,24 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.gather(dim, index.view(shape).expand(size))
 
 
-def packed(plan: Pack, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[B, P, D]`` and positions ``[..., B, P]`` of a packed prompt.
+def positions_at(positions: Tensor | None, index: Tensor) -> Tensor:
+    """Positions ``[..., B, P]`` of the slots ``index [B, P]``; None stands for positions that are slots."""
+    return index if positions is None else gather(positions, index, positions.ndim - 1)
 
-    On a GPU one kernel moves both, and fills padding slots with zeros. Where gradients flow, and elsewhere, each is
+
+def packed(plan: Pack, embeds: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows ``[B, P, D]`` and positions ``[..., B, P]`` of a packed prompt; see `positions_at`.
+
+    On a GPU one kernel moves both of a batch, and fills padding slots with zeros. A single prompt, on which the GPU
+    waits for the host, takes the smallest launches there are. There, where gradients flow, and elsewhere, each is
     gathered, and padding slots hold copies of what was dropped.
     """
     trained = torch.is_grad_enabled() and embeds.requires_grad
-    together = embeds.device == positions.device == plan.index.device
-    if trained or not together or resolve("auto", embeds) != "triton":
-        return gather(embeds, plan.index, 1), gather(positions, plan.index, positions.ndim - 1)
+    together = embeds.device == plan.index.device and (positions is None or positions.device == embeds.device)
+    if len(embeds) == 1 or trained or not together or resolve("auto", embeds) != "triton":
+        return gather(embeds, plan.index, 1), positions_at(positions, plan.index)
+    if positions is None:
+        positions = pos.contiguous(embeds.shape[0], embeds.shape[1], 0, embeds.device)
     index = plan.index if plan.full else plan.index.masked_fill(~plan.valid, -1)
     hidden, moved, *_ = gather_rows(index, embeds, positions)
     assert moved is not None
@@ -254,13 +261,14 @@ def keep_deepstack(kw: dict[str, Any], source: Tensor) -> None:
 
 def prompt_positions(
     family: Family, call: Call, given: Tensor | None, before: pos.CacheState | None, prompt: Prompt
-) -> tuple[Tensor, Tensor]:
-    """Positions of the unpruned prompt, ``[B, L]``, or ``[3, B, L]`` for M-RoPE, and the next ones, ``[B]``."""
+) -> tuple[Tensor | None, Tensor]:
+    """Positions of the unpruned prompt, ``[B, L]``, or ``[3, B, L]`` for M-RoPE, and the next ones, ``[B]``. None for
+    positions that are the slots of the prompt."""
     if given is None and before is None and prompt.unpadded and not family.mrope and not call.past:
         batch, length = prompt.valid.shape
         device = prompt.valid.device
         ends = constant(("ends", batch, length), device, lambda: (torch.full((batch,), length, device=device),))
-        return pos.contiguous(batch, length, 0, device), ends[0]
+        return None, ends[0]
     positions = _positions(family, call, given, before, prompt.valid)
     following = pos.last_position(positions, None if prompt.unpadded else prompt.valid) + 1
     if before is not None:  # a row that is all padding stays where it was

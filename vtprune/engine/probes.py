@@ -240,7 +240,12 @@ class Fetched:
 
     def __init__(self, ids: Tensor, mask: Tensor | None) -> None:
         self.mask = mask
-        self._copies = [None if x is None else _started(x, ids.device) for x in (ids, mask)]
+        self._copies: list[Tensor | None]
+        alike = mask is not None and (mask.shape, mask.dtype, mask.device) == (ids.shape, ids.dtype, ids.device)
+        if mask is not None and ids.is_cuda and alike:  # pinned memory costs most of it
+            self._copies = list(_started(torch.stack([ids, mask]), ids.device))
+        else:
+            self._copies = [None if x is None else _started(x, ids.device) for x in (ids, mask)]
         self._done = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
 
     def _host(self, which: int) -> Tensor | None:
@@ -261,6 +266,11 @@ class Fetched:
         """The mask, ``[B, past + L]`` bool."""
         mask = self._host(1)
         return None if mask is None else mask.bool().numpy()
+
+    @functools.cached_property
+    def all_valid(self) -> bool:
+        """Nothing of it is padding."""
+        return self.valid is None or bool(self.valid.all())
 
 
 def _started(x: Tensor, device: torch.device) -> Tensor:

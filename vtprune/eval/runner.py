@@ -169,7 +169,7 @@ class Remembered:
         chosen = self.memory["chosen"]
         assert chosen.order is not None
         order = chosen.order[torch.cat(rows).to(chosen.order.device)]
-        return Selection.from_order(order, tokens, **chosen.info)
+        return Selection.from_order(order, tokens, None, **chosen.info)
 
 
 def _remember(family: Family, memory: dict[str, Any]) -> None:

@@ -34,6 +34,27 @@ def jit(function: Any = None, *, volatile: Sequence[str] = ()) -> Any:
     return function if triton is None else triton.jit(do_not_specialize=list(volatile))(function)
 
 
+class Launch:
+    """A kernel with its grid, constants (the last of its parameters) and options.
+
+    The first call goes through Triton, which looks at every argument to find or compile the right variant: 20 to 30 us
+    of host time, more than some kernels run. Later calls go straight to the variant that was found. So whatever decides
+    on it, dtypes, alignment and whole numbers, must be the same in all calls; see `gram.plan_of`.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: tuple[Any, ...], **options: Any) -> None:
+        self.kernel, self.grid, self.constants, self.options = kernel, grid, constants, options
+        self.found: Any = None
+
+    def __call__(self, *args: Any) -> None:
+        if self.found is None:
+            variant = self.kernel[self.grid](*args, *self.constants, **self.options)
+            if variant is not None:  # the interpreter has none
+                self.found = variant[(*self.grid, 1, 1)[:3]]
+        else:
+            self.found(*args, *self.constants)
+
+
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make that the one of `x`."""
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._jit import device_of, fits, jit, multipliable, on_device, tl, triton
+from ._jit import Launch, device_of, fits, jit, multipliable, on_device, remember, tl, triton
 from .dispatch import forgiving, half, resolve
 
 
@@ -313,6 +314,26 @@ def _tile(query: Tensor, rows: int, groups: int, dim: int) -> tuple[int, int, in
         keys, chunk = (keys // 2, chunk) if keys > _AVERAGE[0] else (keys, chunk // 2)
 
 
+_LAUNCHES: dict[tuple[Any, ...], Launch] = {}
+_MOST_LAUNCHES = 64
+
+
+def _launch(
+    shape: tuple[Any, ...] | None, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...],
+    constants: tuple[Any, ...], warps: int,
+) -> None:  # fmt: skip
+    """Launch a kernel; where the `shape` that decides on everything else is given, as a `Launch` that is kept."""
+    if shape is None:
+        kernel[grid](*args, *constants, num_warps=warps)
+        return
+    key = kernel, grid, constants, shape
+    found = _LAUNCHES.get(key)
+    if found is None:
+        found = Launch(kernel, grid, constants, num_warps=warps)
+        remember(_LAUNCHES, key, found, _MOST_LAUNCHES)
+    found(*args)
+
+
 def _rows_triton(
     query: Tensor,
     key: Tensor,
@@ -371,20 +392,29 @@ def _rows_triton(
     factor = 1.0 / heads
     if mean and slots is None and not ragged:
         factor /= rows
+    # The CLS row of a vision tower comes with every picture, and always in this shape.
+    shape = None
+    if not ragged and mask is None and slots is None:
+        shape = (
+            query.shape, query.stride(), query.data_ptr() % 16, key.shape, key.stride(), key.data_ptr() % 16,
+            query.dtype, device, scale, softmax, mean,
+        )  # fmt: skip
     with device_of(query):
         for first in range(0, rows, chunk):
-            _logits_kernel[(blocks, kv_heads, samples)](
-                query, key, key if mask is None else mask.view(torch.int8), key if slots is None else slots, between,
-                tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch // 8, blocks, *query_at,
-                *key_at, *mask_at, *slot_at, RC=chunk, G=groups, BM=bm, BL=bl, BD=bd, RAGGED=ragged,
-                MASK=mask is not None, CAUSAL=slots is not None, SOFTMAX=softmax, num_warps=warps,
+            _launch(
+                shape, _logits_kernel, (blocks, kv_heads, samples),
+                (query, key, key if mask is None else mask.view(torch.int8), key if slots is None else slots, between,
+                 tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch // 8, blocks, *query_at,
+                 *key_at, *mask_at, *slot_at),
+                (chunk, groups, bm, bl, bd, ragged, mask is not None, slots is not None, softmax), warps,
             )  # fmt: skip
             if softmax:
-                _shares_kernel[(-(-places // pb),)](tops, sums, places, blocks, PB=pb, NB=nb, num_warps=4)
-            _average_kernel[(-(-keys // length), 1 if mean else min(chunk, rows - first), samples)](
-                between, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch // 8, blocks,
-                RC=chunk, HB=hb, BL=length, RAGGED=ragged, SOFTMAX=softmax, MEAN=mean, ADD=first > 0, SPAN=bl,
-                num_warps=average_warps,
+                grid = (-(-places // pb),)
+                _launch(shape, _shares_kernel, grid, (tops, sums, places, blocks), (pb, nb), 4)
+            _launch(
+                shape, _average_kernel, (-(-keys // length), 1 if mean else min(chunk, rows - first), samples),
+                (between, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch // 8, blocks),
+                (chunk, hb, length, bl, ragged, softmax, mean, first > 0), average_warps,
             )  # fmt: skip
     if mean and (slots is not None or ragged):
         return out / _real(slots, lens, device)

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._jit import processors
+from ._jit import Launch, processors
 from .coverage import COVERED
 from .dispatch import interpreted
 from .dpp import SPENT
-from .gram import FIELDS, MOST_ROWS, NOWHERE, ONE, Launch, Plan, cosines, ordered, run
+from .gram import FIELDS, MOST_ROWS, NOWHERE, ONE, Plan, cosines, ordered, run
 
 _COVERED = tl.constexpr(COVERED)
 _SPENT = tl.constexpr(SPENT)

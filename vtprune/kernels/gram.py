@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._jit import device_of, remember, stages_for
+from ._jit import Launch, device_of, remember, stages_for
 from .memory import spare
 
 #: Matrices of one call take at most this much memory at a time; a larger one has the memory for itself.
@@ -158,27 +158,6 @@ def tiles(n: int, side: int) -> int:
     """Square tiles in the lower triangle of a matrix."""
     wide = -(-n // side)
     return wide * (wide + 1) // 2
-
-
-class Launch:
-    """A kernel with its grid, constants (the last of its parameters) and options.
-
-    The first call goes through Triton, which looks at every argument to find or compile the right variant: 20 to 30 us
-    of host time, more than some kernels run. Later calls go straight to the variant that was found. So whatever decides
-    on it, dtypes, alignment and whole numbers, must be the same in all calls; see `plan_of`.
-    """
-
-    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: tuple[Any, ...], **options: Any) -> None:
-        self.kernel, self.grid, self.constants, self.options = kernel, grid, constants, options
-        self.found: Any = None
-
-    def __call__(self, *args: Any) -> None:
-        if self.found is None:
-            variant = self.kernel[self.grid](*args, *self.constants, **self.options)
-            if variant is not None:  # the interpreter has none
-                self.found = variant[(*self.grid, 1, 1)[:3]]
-        else:
-            self.found(*args, *self.constants)
 
 
 class Plan:

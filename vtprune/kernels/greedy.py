@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from ._jit import Launch
 from .dispatch import half
-from .gram import FIELDS, MOST_ROWS, NOWHERE, ONE, PICKED, Launch, Plan, cosines, line, ordered, run
+from .gram import FIELDS, MOST_ROWS, NOWHERE, ONE, PICKED, Plan, cosines, line, ordered, run
 
 _INDICES = tl.constexpr(1 << 14)
 _SPREAD = tl.constexpr(2.5)  # of the importance, in a packed key

@@ -149,17 +149,18 @@ def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int]) -> Tensor:
         # With what they were copied from: a graph that captured the copies reads it again.
         return *(x.to(scores.device, non_blocking=True) for x in made), *made
 
-    rows, padding, picks, first, *_ = constant(("topk", tuple(lens), tuple(counts)), scores.device, plan)
     values = scores.detach().float()
-    if min(lens) == longest:
-        padded = values.reshape(len(lens), longest)
+    if len(lens) == 1:
+        padded = values[None]
     else:
-        padded = values[rows].masked_fill_(padding, -torch.inf)
+        rows, padding, picks, first, *_ = constant(("topk", tuple(lens), tuple(counts)), scores.device, plan)
+        whole = min(lens) == longest
+        padded = values.view(len(lens), longest) if whole else values[rows].masked_fill_(padding, -torch.inf)
     # Padding lies behind the rows, so the stable sort keeps it behind rows of -inf too. Adding 0.0 makes -0.0 a 0.0,
     # which not every sort takes for equal.
     padded = padded.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
-    local = padded.sort(dim=1, descending=True, stable=True).indices
-    return local.view(-1).index_select(0, picks) + first
+    local = padded.sort(dim=1, descending=True, stable=True).indices.view(-1)
+    return local[:total] if len(lens) == 1 else local.index_select(0, picks) + first
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ._jit import device_of, jit, multipliable, precise, remember, stages_for, tl, triton
+from ._jit import Launch, device_of, jit, multipliable, precise, remember, stages_for, tl, triton
 from .dispatch import forgiving, half, resolve
 
 Activation = Callable[[Tensor], Tensor]
@@ -495,8 +495,6 @@ def _launches(
     slope_tile: tuple[int, ...], form_tile: tuple[int, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
     """The launches of `mean_square_change`, the first of them None if `kind` is; see `gram.Launch`."""
-    from .gram import Launch  # needs Triton
-
     (tokens, depth), width = rows.shape, gram.shape[0]
     weights = (rows, inner, gram) if bias is None else (rows, inner, gram, bias)
     key = (

@@ -46,13 +46,13 @@ def count(name: str, value: object, least: int = 1) -> None:
 
 def unordered(rows: Tensor, tokens: VisualTokens, **info: str) -> Selection:
     """A selection from flat rows whose order means nothing: a larger budget need not keep them."""
-    return replace(Selection.from_order(rows, tokens, **info), order=None)
+    return replace(Selection.from_order(rows, tokens, None, **info), order=None)
 
 
 def top(scores: Tensor, tokens: VisualTokens, budget: Budget) -> Selection:
     """The largest scores ``[T]`` of each pool, ties to the lowest index."""
-    lens, counts = budget.pools(tokens)
-    return Selection.from_order(reference.topk(scores, lens, counts), tokens)
+    pools = budget.pools(tokens)
+    return Selection.from_order(reference.topk(scores, pools.lens, pools.counts), tokens, pools)
 
 
 def top_then_even(scores: Tensor, sound: Tensor, lead: Tensor, pools: reference.Pools) -> Tensor:

@@ -34,4 +34,4 @@ class DivPrunePruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
-        return Selection.from_picks(select.max_min(tokens.features, pools.lens, pools.counts), tokens)
+        return Selection.from_picks(select.max_min(tokens.features, pools.lens, pools.counts), tokens, pools)

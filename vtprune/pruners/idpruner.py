@@ -139,7 +139,7 @@ class IDPruner(Pruner):
         picks = select.mmr(
             tokens.features, scores, pools.lens, pools.counts, self.mmr_lambda, self.parallel_k, minmax=True
         )
-        return Selection.from_picks(picks, tokens, importance=source)
+        return Selection.from_picks(picks, tokens, pools, importance=source)
 
     def _importance(self, tokens: VisualTokens, lens: Sequence[int]) -> tuple[Tensor, str]:
         if self.clip is not None:

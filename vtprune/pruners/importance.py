@@ -52,7 +52,10 @@ def _probe(tokens: VisualTokens, probe: Probe, name: str) -> tuple[Tensor, str]:
 
 def norm(tokens: VisualTokens) -> tuple[Tensor, str]:
     """L2 norm of each token."""
-    scores = [torch.linalg.vector_norm(features, dim=1).float() for _, features in _per_image(tokens)]
+    # Image by image, as reductions have the same shape in any batch then; summed in fp64, without a copy.
+    wide = reference.wide(tokens.features)
+    images = tokens.features.detach().split(tokens.image_lens)
+    scores = [torch.linalg.vector_norm(rows, dim=1, dtype=wide).float() for rows in images]
     return torch.cat(scores) if len(scores) > 1 else scores[0] if scores else _empty(tokens), "norm"
 
 

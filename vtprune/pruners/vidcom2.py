@@ -66,7 +66,7 @@ class VidCom2Pruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
-        return Selection.from_order(reference.topk(self.score(tokens), pools.lens, pools.counts), tokens)
+        return Selection.from_order(reference.topk(self.score(tokens), pools.lens, pools.counts), tokens, pools)
 
 
 def _images(tokens: VisualTokens) -> Iterator[tuple[slice, Tensor, Tensor, list[int]]]:

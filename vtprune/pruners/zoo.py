@@ -171,7 +171,7 @@ class ZooPruner(Pruner):
             for name, column in zip(Diagnostics._fields, found.T, strict=True):
                 sound = column[~np.isnan(column)]
                 info[name] = f"{sound.mean():.3f}" if len(sound) else "nan"
-        return Selection.from_picks(picks, tokens, **info)
+        return Selection.from_picks(picks, tokens, None, **info)
 
     def diagnose(self, tokens: VisualTokens) -> list[Diagnostics]:
         """How far each image's sensitivity can be trusted, and what it adds to the norm. Waits for the device."""
