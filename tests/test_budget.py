@@ -325,3 +325,11 @@ def test_an_allocation_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_fixed_budget_says_what_it_was_given() -> None:
     assert FixedBudget(3, given=Pools((4,), (2,))).pools(make_tokens([[[(2, 2)]]])) == ((4,), (2,))
+
+
+def test_one_token_is_not_one_whole() -> None:
+    """1 and 1.0 are equal to Python, and pools are remembered."""
+    tokens = make_tokens([[[(2, 3)], [(1, 3)]]])
+    for _ in range(2):
+        assert Budget(1.0).pools(tokens).counts == (6, 3)
+        assert Budget(1).pools(tokens).counts == (1, 1)

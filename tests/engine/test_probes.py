@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune import registry
+from vtprune.engine import probes
 from vtprune.errors import UnsupportedModelError
 from vtprune.tokens import CLS_ROW, PRE_PROJECTOR, Probe, VisualTokens
 
@@ -207,3 +208,21 @@ def test_probes_do_not_hold_on_to_a_graph(family: str) -> None:
         model(**sample)
     tokens = first_call(records)[None].tokens
     assert not tokens.features.requires_grad and not any(p.requires_grad for p in tokens.probes.values())
+
+
+def test_ids_and_mask_come_apart_again() -> None:
+    """They travel to the host as one sum; ids may be negative, and a mask may hold any number."""
+    ids = torch.tensor([[0, -200, 32000, 1], [151_655, -1, 2**31, 7]])
+    mask = torch.tensor([[0, 1, 0, 1], [1, 0, 2, 1]])
+    apart = probes.taken_apart(torch.add(ids, mask, alpha=1 << probes._SHIFT))
+    assert torch.equal(apart[0], ids) and torch.equal(apart[1], mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_prompt_on_the_host_is_the_prompt_on_the_device(dtype: torch.dtype) -> None:
+    ids = torch.randint(-5, 200_000, (3, 50))
+    mask = (torch.rand(3, 50) < 0.7).to(dtype)
+    fetched = probes.fetch(ids.cuda(), mask.cuda())
+    assert fetched is not None and fetched.valid is not None and not fetched.all_valid
+    assert (fetched.ids == ids.numpy()).all() and (fetched.valid == mask.bool().numpy()).all()

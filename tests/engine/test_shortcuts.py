@@ -169,9 +169,9 @@ def test_somebody_elses_wrapper_stays() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_nothing_waits_between_the_tower_and_the_language_model(family: str) -> None:
-    model = tiny.build(family).cuda()
-    bound = find_family(model)
-    inputs = {k: v.cuda() for k, v in tiny.collate(tiny.mixed(model)).items()}
+    model = tiny.build(family)
+    inputs = {k: v.cuda() for k, v in tiny.collate(tiny.mixed(model)).items()}  # made with the model, on the CPU
+    bound = find_family(model.cuda())
     waits: list[str] = []
 
     def loud(*_: Any) -> None:

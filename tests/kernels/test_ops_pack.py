@@ -157,3 +157,57 @@ def test_a_pruned_prompt_is_packed_by_the_kernel(monkeypatch: pytest.MonkeyPatch
     assert not hidden[~plan.valid].any()
     trained = embeds.requires_grad_()
     assert prefill.packed(plan, trained, positions)[0].requires_grad
+
+
+def slots(
+    lens: Sequence[int], length: int, keep: int, seed: int, first_is_text: bool = True
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Samples with `lens` visual tokens, in no order, of which each keeps as many as leaves all equally many rows."""
+    g = torch.Generator().manual_seed(seed)
+    others = torch.ones(len(lens), length, dtype=torch.bool)
+    position, chosen = [], []
+    for sample, n in enumerate(lens):
+        at = torch.randperm(length - first_is_text, generator=g)[:n] + int(first_is_text)
+        others[sample, at] = False
+        start = sum(lens[:sample])
+        chosen.append(start + torch.randperm(n, generator=g)[: keep - (length - n)].sort().values)
+        position.append(sample * length + at)
+    rows = torch.cat([torch.empty(0, dtype=torch.int64), *chosen])
+    flat = torch.cat([torch.empty(0, dtype=torch.int64), *position])
+    return rows.to(DEVICE), flat.to(DEVICE), others.to(DEVICE), keep
+
+
+SLOTS = [((), 5, 0), ((3,), 4, 1), ((3,), 4, 4), ((5, 7), 11, 8), ((30, 20, 25), 40, 21), ((576,), 640, 130)]
+
+
+@pytest.mark.parametrize(("lens", "length", "keep"), SLOTS)
+@pytest.mark.parametrize("first_is_text", [True, False])
+def test_kept_slots_by_hand(poison: None, lens: tuple[int, ...], length: int, keep: int, first_is_text: bool) -> None:
+    chosen, position, others, width = slots(lens, length, keep, seed=sum(lens), first_is_text=first_is_text)
+    index, slot_of = op.kept_slots(chosen, position, others, width, backend="triton")
+    stays = others.clone().view(-1)
+    stays[position[chosen]] = True
+    assert index.shape == (len(lens), width) and slot_of.shape == others.shape
+    for row, mine, places in zip(stays.view(others.shape), index, slot_of, strict=True):
+        assert mine.tolist() == row.nonzero().flatten().tolist()
+        assert places.tolist() == [int(row[: i + 1].sum()) - 1 for i in range(length)]
+    reference = op.kept_slots(chosen, position, others, width, backend="torch")
+    assert torch.equal(index, reference[0]) and torch.equal(slot_of, reference[1])
+
+
+@pytest.mark.parametrize("length", [127, 128, 1025, pytest.param(3000, marks=full), pytest.param(40000, marks=full)])
+def test_kept_slots_of_long_prompts(poison: None, length: int) -> None:
+    given = slots((length - 20, length - 9), length, length // 3, seed=length)
+    found = op.kept_slots(*given, backend="triton")
+    expected = op.kept_slots(*given, backend="torch")
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    # From another address, in other memory: what was remembered of the first launch must fit this one too.
+    moved = torch.cat([given[0].new_zeros(1), given[0]])[1:]
+    again = op.kept_slots(moved, *given[1:], backend="triton")
+    assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
+
+
+def test_kept_slots_refuse_what_is_no_mask() -> None:
+    chosen, position, others, width = slots((3,), 4, 2, 0)
+    with pytest.raises(InputError, match="others"):
+        op.kept_slots(chosen, position, others.long(), width)

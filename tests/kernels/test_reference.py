@@ -455,3 +455,10 @@ def test_a_gpu_picks_the_same_without_waiting(op: Op) -> None:
         max_min(x, lens, counts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_topk_of_one_pool_is_that_of_a_pool_among_others() -> None:
+    scores = torch.tensor([3.0, -0.0, 0.0, math.nan, 3.0, -math.inf, 7.0])
+    alone = reference.topk(scores, (7,), (6,))
+    assert alone.tolist() == [6, 0, 4, 1, 2, 3]
+    assert reference.topk(torch.cat([scores, scores[:2]]), (7, 2), (6, 1)).tolist() == [*alone.tolist(), 7]

@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -378,9 +379,13 @@ class Engine:
         call.watched = bool(self.local.watchers)
         for watch in self.local.watchers:
             watch(call)
-        rows = host_new.sum(1)
-        after_last = [int(row[last + 1 :].sum()) for row, last in zip(host_new, layout.last, strict=True) if last >= 0]
-        tail = min(after_last, default=0)
+        if unpadded:
+            rows, last = np.full(len(host_new), host_new.shape[1]), int(layout.last.max(initial=-1))
+            tail = host_new.shape[1] - 1 - last if last >= 0 else 0
+        else:
+            rows = host_new.sum(1)
+            lasts = zip(host_new, layout.last, strict=True)
+            tail = min((int(row[last + 1 :].sum()) for row, last in lasts if last >= 0), default=0)
         starts_with_text = unpadded and not any(mask[:, 0].any() for mask in host_masks.values())
         prompt = Prompt(new, rows, placed, layout.sample_lens, unpadded, starts_with_text, tail)
         if self.local.entry:

@@ -259,12 +259,6 @@ def contiguous(batch: int, length: int, past: int, device: torch.device) -> Tens
     return constant(("slots", length), device, lambda: (torch.arange(length, device=device),))[0].expand(batch, -1)
 
 
-def ranks(batch: int, length: int, device: torch.device) -> Tensor:
-    """``1, 2, ...`` for every row, ``[B, length]``; not to be written to."""
-    make = functools.partial(torch.arange, 1, length + 1, device=device)
-    return constant(("ranks", batch, length), device, lambda: (make().repeat(batch, 1),))[0]
-
-
 def ones(batch: int, length: int, device: torch.device) -> Tensor:
     """``[B, length]`` int64 ones, a mask in the form that models want; not to be written to."""
     make = functools.partial(torch.ones, batch, length, dtype=torch.int64, device=device)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError, VTPruneWarning
 from ..kernels._jit import constant
 from ..kernels.dispatch import resolve
-from ..kernels.pack import gather_rows
+from ..kernels.pack import by_counting, gather_rows, kept_slots
 from ..models.base import Family
 from . import early
 from . import positions as pos
@@ -68,17 +67,39 @@ def pack(keep: Tensor, counts: list[int], starts: bool = False) -> Pack:
         As in `Pack`.
     """
     width, batch = max(counts), len(counts)
-    kept_so_far = keep.cumsum(1)
     if min(counts) == width:
-        # The k-th kept row stands where the count of kept rows comes to k.
-        index = torch.searchsorted(kept_so_far, pos.ranks(batch, width, keep.device))
-        return Pack(index, pos.all_valid(batch, width, keep.device), kept_so_far - 1, True, starts)
+        index, slot_of = by_counting(keep, width)
+        return Pack(index, pos.all_valid(batch, width, keep.device), slot_of, True, starts)
+    kept_so_far = keep.cumsum(1)
     # A stable sort brings dropped slots to the left and kept ones, in order, to the right.
     order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)
     index = order[:, keep.shape[1] - width :]
     slot_of = kept_so_far - 1 + (width - kept_so_far[:, -1:])
     slot_of = slot_of.masked_fill(kept_so_far == 0, -1)
     return Pack(index, keep.gather(1, index), slot_of, False, starts)
+
+
+def pack_chosen(prompt: Prompt, chosen: Tensor | None, counts: list[int]) -> Pack:
+    """Plan the packing of a prompt.
+
+    Parameters
+    ----------
+    chosen : Tensor or None
+        ``[K]`` int64, rows of its visual tokens that stay; None: all of them.
+    counts
+        Rows that stay of each sample.
+    """
+    starts = prompt.starts_with_text
+    if chosen is None:
+        return pack(prompt.valid, counts, starts)
+    others, position = prompt.placed.others, prompt.placed.position
+    if prompt.unpadded and min(counts) == max(counts):
+        index, slot_of = kept_slots(chosen, position, others, counts[0])
+        return Pack(index, pos.all_valid(len(counts), counts[0], others.device), slot_of, True, starts)
+    text = others if prompt.unpadded else others & prompt.valid
+    # Not ``keep.view(-1)[position] = True``: that copies the number to the device, and waits for it.
+    keep = text.view(-1).index_fill(0, position.index_select(0, chosen), True).view(text.shape)
+    return pack(keep, counts, starts)
 
 
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -187,15 +208,11 @@ def prune_prompt(
     batch, length, width = embeds.shape
     positions, next_original = prompt_positions(family, call, kw.get("position_ids"), before, prompt)
 
-    keep, counts, position = valid, prompt.rows, prompt.placed.position
+    counts, position = prompt.rows, prompt.placed.position
     stage = None if job is None else job.projector_stage
-    left = call.alive  # by the vision tower; None: all
-    text = prompt.placed.others if prompt.unpadded else prompt.placed.others & valid
+    chosen = left = call.alive  # rows of all visual tokens that stay; first, by the vision tower; None: all
     if left is not None:
         counts = counts - early.dropped(call.seen(), batch)
-        position = position.index_select(0, left)
-        # Not ``keep.view(-1)[position] = True``: that copies the number to the device, and waits for it.
-        keep = text.view(-1).index_fill(0, position, True).view(batch, length)
     if job is not None and stage is not None:
         selection, kept = job.select(call.seen, stage, batch, graph)
         chosen, order = selection.index, selection.order
@@ -205,14 +222,12 @@ def prune_prompt(
         counts = counts - (prompt.visual if left is None else call.seen().sample_lens(batch)) + kept
         if kw.get("deepstack_visual_embeds") is not None:
             keep_deepstack(kw, prompt.placed.source[chosen])
-        position = position.index_select(0, selection.index)
-        keep = text.view(-1).index_fill(0, position, True).view(batch, length)
         if selection.features is not None:
-            merged = selection.features.to(embeds.dtype)
-            embeds = embeds.reshape(-1, width).index_copy(0, position, merged).view(batch, length, width)
+            merged, places = selection.features.to(embeds.dtype), position.index_select(0, chosen)
+            embeds = embeds.reshape(-1, width).index_copy(0, places, merged).view(batch, length, width)
         if job.layer_stages:
             call.tokens = call.seen().subset(selection.index, selection.cu_seqlens)
-    plan = pack(keep, counts.tolist(), prompt.starts_with_text)
+    plan = pack_chosen(prompt, chosen, counts.tolist())
     if kw.get("visual_pos_masks") is not None:
         kw["visual_pos_masks"] = gather(kw["visual_pos_masks"], plan.index, 1) & plan.valid
     next_position = next_original
@@ -224,7 +239,7 @@ def prune_prompt(
 
     call.packs.append(plan)
     call.counts.append(counts.tolist())
-    call.slots = functools.partial(plan.move, position)
+    call.slots = lambda: plan.move(position if chosen is None else position.index_select(0, chosen))
     call.text_slots = None if call.text_slots is None else plan.move(call.text_slots)
     masks, full = (before.masks, before.full) if before is not None else past_masks(kw, call.past, valid)
     stages = {} if job is None else job.layer_stages

@@ -55,6 +55,27 @@ class Launch:
             self.found(*args, *self.constants)
 
 
+_LAUNCHES: dict[tuple[Any, ...], Launch] = {}
+_MOST_LAUNCHES = 128
+
+
+def launch(
+    shape: tuple[Any, ...] | None, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...],
+    constants: tuple[Any, ...], warps: int,
+) -> None:  # fmt: skip
+    """Launch a kernel; as a `Launch` that is kept, where a `shape` is given that decides on everything but `grid` and
+    `constants`."""
+    if shape is None:
+        kernel[grid](*args, *constants, num_warps=warps)
+        return
+    key = kernel, grid, constants, shape
+    found = _LAUNCHES.get(key)
+    if found is None:
+        found = Launch(kernel, grid, constants, num_warps=warps)
+        remember(_LAUNCHES, key, found, _MOST_LAUNCHES)
+    found(*args)
+
+
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make that the one of `x`."""
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()

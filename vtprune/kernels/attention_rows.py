@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._jit import Launch, device_of, fits, jit, multipliable, on_device, remember, tl, triton
+from ._jit import device_of, fits, jit, launch, multipliable, on_device, tl, triton
 from .dispatch import forgiving, half, resolve
 
 
@@ -314,26 +313,6 @@ def _tile(query: Tensor, rows: int, groups: int, dim: int) -> tuple[int, int, in
         keys, chunk = (keys // 2, chunk) if keys > _AVERAGE[0] else (keys, chunk // 2)
 
 
-_LAUNCHES: dict[tuple[Any, ...], Launch] = {}
-_MOST_LAUNCHES = 64
-
-
-def _launch(
-    shape: tuple[Any, ...] | None, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...],
-    constants: tuple[Any, ...], warps: int,
-) -> None:  # fmt: skip
-    """Launch a kernel; where the `shape` that decides on everything else is given, as a `Launch` that is kept."""
-    if shape is None:
-        kernel[grid](*args, *constants, num_warps=warps)
-        return
-    key = kernel, grid, constants, shape
-    found = _LAUNCHES.get(key)
-    if found is None:
-        found = Launch(kernel, grid, constants, num_warps=warps)
-        remember(_LAUNCHES, key, found, _MOST_LAUNCHES)
-    found(*args)
-
-
 def _rows_triton(
     query: Tensor,
     key: Tensor,
@@ -373,7 +352,10 @@ def _rows_triton(
         parts = every.split([q * k for q, k in zip(*lens, strict=True)])
         shaped = [part.view(q, k) for part, q, k in zip(parts, *lens, strict=True)]
         return torch.cat([every.new_empty(0), *(_mean_of_seen(x, x != -torch.inf) for x in shaped)])
-    out = torch.zeros(sizes, dtype=torch.float32, device=device)
+    if mean or ragged or not rows:
+        out = torch.zeros(sizes, dtype=torch.float32, device=device)
+    else:  # written whole
+        out = torch.empty(sizes, dtype=torch.float32, device=device)
     if not out.numel() or not rows:
         return out
     groups = heads // kv_heads
@@ -401,7 +383,7 @@ def _rows_triton(
         )  # fmt: skip
     with device_of(query):
         for first in range(0, rows, chunk):
-            _launch(
+            launch(
                 shape, _logits_kernel, (blocks, kv_heads, samples),
                 (query, key, key if mask is None else mask.view(torch.int8), key if slots is None else slots, between,
                  tops, sums, query_cu, key_cu, scale, rows, keys, first, kv_heads, dim, pitch // 8, blocks, *query_at,
@@ -410,8 +392,8 @@ def _rows_triton(
             )  # fmt: skip
             if softmax:
                 grid = (-(-places // pb),)
-                _launch(shape, _shares_kernel, grid, (tops, sums, places, blocks), (pb, nb), 4)
-            _launch(
+                launch(shape, _shares_kernel, grid, (tops, sums, places, blocks), (pb, nb), 4)
+            launch(
                 shape, _average_kernel, (-(-keys // length), 1 if mean else min(chunk, rows - first), samples),
                 (between, sums, out, base, query_cu, key_cu, rows, keys, first, heads, factor, pitch // 8, blocks),
                 (chunk, hb, length, bl, ragged, softmax, mean, first > 0), average_warps,

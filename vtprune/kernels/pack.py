@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._jit import device_of, jit, on_device, tl, triton
+from ._jit import constant, device_of, jit, launch, on_device, tl, triton
 from .dispatch import forgiving, resolve
 
 #: Tensors of features that one launch can take; more take more launches.
@@ -93,6 +93,39 @@ def gather_rows(
     return reference_gather(index, hidden, positions, features)
 
 
+@forgiving
+@torch.no_grad()
+def kept_slots(
+    chosen: Tensor, position: Tensor, others: Tensor, width: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """How a batch is packed in which every sample keeps the same number of rows: what is no visual token, and the
+    visual tokens that were chosen.
+
+    Parameters
+    ----------
+    chosen : Tensor
+        ``[K]`` int64, rows of `position`, each at most once.
+    position : Tensor
+        ``[T]`` int64 ``sample * L + slot`` of each visual token, contiguous.
+    others : Tensor
+        ``[B, L]`` bool, contiguous; True at what is no visual token.
+    width
+        P, what every sample keeps.
+
+    Returns
+    -------
+    index : Tensor
+        ``[B, P]`` int64, the slot of each row that stays.
+    slot_of : Tensor
+        ``[B, L]`` int64, the packed slot of the last kept row at or before each slot; -1 where there is none.
+    """
+    if others.ndim != 2 or others.dtype != torch.bool:
+        raise InputError(f"others is {tuple(others.shape)} {others.dtype}; give [batch, length] of bool")
+    if resolve(backend, others) == "triton" and others.shape[1] <= _LONGEST:
+        return _slots_triton(chosen, position, others, width)
+    return reference_slots(chosen, position, others, width)
+
+
 def _check(batch: int, length: int, hidden: Tensor, positions: Tensor | None, features: Sequence[Tensor]) -> None:
     for x in (hidden, *features):
         if x.ndim != 3 or x.shape[:2] != (batch, length):
@@ -135,6 +168,23 @@ def reference_gather(index: Tensor, hidden: Tensor, positions: Tensor | None, fe
         moved = torch.stack([taken(plane[..., None])[..., 0] for plane in planes])
         moved = moved if positions.ndim == 3 else moved[0]
     return Packed(taken(hidden), moved, mask, tuple(taken(x) for x in features))
+
+
+def reference_slots(chosen: Tensor, position: Tensor, others: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`kept_slots` in plain PyTorch."""
+    # Not ``keep[slots] = True``: that copies the number to the device, and waits for it.
+    return by_counting(others.reshape(-1).index_fill(0, position.index_select(0, chosen), True).view_as(others), width)
+
+
+def by_counting(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`kept_slots` of what stays, ``[B, L]`` bool, where every sample keeps `width`."""
+    batch, device = len(keep), keep.device
+    ranks = constant(
+        ("ranks", batch, width), device, lambda: (torch.arange(1, width + 1, device=device).repeat(batch, 1),)
+    )
+    # The k-th kept row stands where the count of kept rows comes to k.
+    so_far = keep.cumsum(1)
+    return torch.searchsorted(so_far, ranks[0]), so_far - 1
 
 
 # -- Triton -----------------------------------------------------------------------------------------------------------
@@ -244,3 +294,48 @@ def _pack_triton(
     if moved is not None and positions is not None and positions.ndim == 2:
         moved = moved[0]
     return Packed(out, moved, mask.view(torch.bool), tuple(made))
+
+
+#: Slots of a sample that one program can count.
+_LONGEST = 1 << 15
+
+
+@jit(volatile=("slots", "kept", "width"))
+def _slots_kernel(  # type: ignore[no-untyped-def]
+    chosen, position, others, stays, index, slot_of, slots, kept, width, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """One program marks what stays of its sample in ``stays``, and counts."""
+    sample = tl.program_id(0).to(tl.int64)
+    first = sample * slots
+    lane = tl.arange(0, BLOCK)
+    inside = lane < slots
+    tl.store(stays + first + lane, tl.load(others + first + lane, mask=inside, other=0), mask=inside)
+    tl.debug_barrier()
+    for start in range(0, kept, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        row = tl.load(chosen + i, mask=i < kept, other=0)
+        slot = tl.load(position + row, mask=i < kept, other=-1) - first
+        tl.store(stays + first + slot, 1, mask=(slot >= 0) & (slot < slots) & (i < kept))
+    tl.debug_barrier()
+    here = tl.load(stays + first + lane, mask=inside, other=0).to(tl.int32)
+    place = tl.cumsum(here, 0) - 1
+    tl.store(slot_of + first + lane, place.to(tl.int64), mask=inside)
+    tl.store(index + sample * width + place, lane.to(tl.int64), mask=inside & (here > 0) & (place < width))
+
+
+def _slots_triton(chosen: Tensor, position: Tensor, others: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    batch, length = others.shape
+    chosen = chosen.contiguous()
+    given = chosen, position, others.view(torch.int8)
+    stays = torch.empty(batch, length, dtype=torch.int8, device=others.device)
+    index = torch.empty(batch, width, dtype=torch.int64, device=others.device)
+    slot_of = torch.empty(batch, length, dtype=torch.int64, device=others.device)
+    if batch and length:
+        block = max(128, triton.next_power_of_2(length))
+        shape = others.device, *(x.data_ptr() % 16 for x in given)
+        with device_of(others):
+            launch(
+                shape, _slots_kernel, (batch,), (*given, stays, index, slot_of, length, len(chosen), width),
+                (block, 1024), min(16, max(4, block // 256)),
+            )  # fmt: skip
+    return index, slot_of
