@@ -162,13 +162,16 @@ class Preset:
     new_tokens: int = 8
     flops: bool = True
     min_runs: int = 10
+    turns: int = 10  # fewest runs of the lines that are compared to 5 %, and take turns
     warm_up: int = 4  # the choice of tokens is captured at the third prompt
 
 
 PRESETS = {
-    "llava": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", others=True, seconds=30),
-    "llava-batch": Preset("llava-1.5-7b", Case(8, None, 64), 1 / 9, "1/9", graphs=False, neighbours=(), seconds=8),
-    "next": Preset("llava-next-7b", Case(1, None, 64), 1 / 18, "1/18", seconds=20),
+    "llava": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", others=True, seconds=30, turns=50),
+    "llava-batch": Preset(
+        "llava-1.5-7b", Case(8, None, 64), 1 / 9, "1/9", graphs=False, neighbours=(), seconds=8, turns=50
+    ),
+    "next": Preset("llava-next-7b", Case(1, None, 64), 1 / 18, "1/18", seconds=20, turns=50),
     "globalcom2": Preset("llava-next-7b", Case(1, None, 64), 0.1, "1/10", ("globalcom2",), (), graphs=False, seconds=4),
     "qwen-4k": Preset(
         "qwen2.5-vl-7b",
@@ -362,7 +365,7 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
     if name == "variants":
         settings = list(variants(model, preset))
     before = replay.Replay.fuses, decoder.TUNED_ROWS
-    given: dict[str, Any] = {name: getattr(preset, name) for name in ("new_tokens", "flops", "min_runs", "warm_up")}
+    given: dict[str, Any] = {name: getattr(preset, name) for name in ("new_tokens", "flops", "warm_up")}
     for label, prepare, lines in settings:
         prepare()
         # Lines that are compared to 5 % take turns, others have each their own, and graphs are captured once for all.
@@ -378,7 +381,11 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
                 continue
             seconds = preset.seconds * len(batch) / len(lines)
             try:
-                for row in bench.measure(model, preset.model, preset.case, batch, seconds=seconds, **given):
+                runs = max(preset.turns, preset.min_runs) if batch is turns else preset.min_runs
+                measured = bench.measure(
+                    model, preset.model, preset.case, batch, seconds=seconds, min_runs=runs, **given
+                )
+                for row in measured:
                     add(row)
             except Exception:
                 print(f"FAILED {name} {[line.method for line in batch]}\n{traceback.format_exc()}", file=sys.stderr)
@@ -433,7 +440,9 @@ def run(
         device = torch.device("cuda" if on_gpu and name != "cpu" else "cpu")
         if options.tiny:
             case = replace(preset.case, size=None)
-            preset = replace(preset, model=TINY.get(preset.model, preset.model), case=case, seconds=1, new_tokens=1)
+            preset = replace(
+                preset, model=TINY.get(preset.model, preset.model), case=case, seconds=1, turns=3, new_tokens=1
+            )
         rows: list[Row] = []
 
         def add(row: Row, name: str = name, rows: list[Row] = rows) -> None:

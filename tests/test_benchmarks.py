@@ -207,7 +207,9 @@ def test_the_other_ops_are_timed_and_do_what_the_usual_code_does(
 
 def test_endtoend_keeps_rows_of_other_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endtoend.runner, "MAX_RUNS", 3)
-    few = {name: replace(endtoend.PRESETS[name], min_runs=3) for name in ("llava-batch", "globalcom2", "variants")}
+    few = {
+        name: replace(endtoend.PRESETS[name], min_runs=3, turns=3) for name in ("llava-batch", "globalcom2", "variants")
+    }
     monkeypatch.setattr(endtoend, "PRESETS", endtoend.PRESETS | few)
     run = ["--tiny", "--out", str(tmp_path), "--commit", "abc", "--only"]
     before = set(vtprune.methods())

@@ -392,7 +392,7 @@ def measure(
 def _in_turns(model: nn.Module, lines: Sequence[Line], seconds: float, min_runs: int, warm_up: int) -> list[Times]:
     """Timed runs of lines that take turns: in bursts, or one by one where a run takes so long that what else the
     machine does changes from one to the next."""
-    found = [Times() for _ in lines]
+    found, min_runs = [Times() for _ in lines], min(min_runs, MAX_RUNS)
     begin = time.perf_counter()
     while lines and (
         len(found[0].runs) < min_runs or (len(found[0].runs) < MAX_RUNS and time.perf_counter() < begin + seconds)

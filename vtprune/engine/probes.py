@@ -6,6 +6,7 @@ No attention map is ever asked of the model: a CLS row is recomputed from one qu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -244,29 +245,32 @@ class Fetched:
         # Two copies take the host twice as long as one, and a sum almost nothing.
         self._together = mask is not None and alike and ids.is_cuda and mask.device == ids.device
         both = [torch.add(ids, mask, alpha=1 << _SHIFT)] if self._together else [ids, mask]  # type: ignore[arg-type]
-        self._copies = [None if x is None else _started(x, ids.device) for x in both]
+        self._copies: list[Any] = [None if x is None else _Copy(x, ids.device) for x in both]
         self._done = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
 
-    def _host(self, which: int) -> Tensor | None:
+    def _host(self, which: int) -> np.ndarray | None:
         if self._done is not None:
             self._done.synchronize()
             self._done = None
+        if not isinstance(self._copies[0], np.ndarray):
+            self._copies = [None if x is None else x.read() for x in self._copies]
             if self._together:
-                self._copies = list(taken_apart(self._copies[0]))  # type: ignore[arg-type]
-        return self._copies[which]
+                self._copies = list(taken_apart(self._copies[0]))
+        found: np.ndarray | None = self._copies[which]
+        return found
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
         """``[B, L]``."""
         ids = self._host(0)
         assert ids is not None
-        return ids.numpy()
+        return ids
 
     @functools.cached_property
     def valid(self) -> np.ndarray | None:
         """The mask, ``[B, past + L]`` bool."""
         mask = self._host(1)
-        return None if mask is None else mask.bool().numpy()
+        return None if mask is None else mask.astype(bool)
 
     @functools.cached_property
     def all_valid(self) -> bool:
@@ -278,17 +282,47 @@ class Fetched:
 _SHIFT = 40
 
 
-def taken_apart(both: Tensor) -> tuple[Tensor, Tensor]:
+def taken_apart(both: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask out of ``ids + (mask << _SHIFT)``, int64."""
     mask = (both + (1 << (_SHIFT - 1))) >> _SHIFT
     return both - (mask << _SHIFT), mask
 
 
-def _started(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on the host that may not be there yet, if it comes from this device."""
-    if not x.is_cuda or x.device != device:
-        return x.cpu()
-    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+#: Pinned memory for copies from a device, in bytes, that nobody uses now: to ask for it takes longer than the copy.
+_FREE: list[Tensor] = []
+_MOST_FREE = 8
+
+
+class _Copy:
+    """A copy on the host, which may not be there before the device has done what it was given so far.
+
+    Parameters
+    ----------
+    x : Tensor
+        Read at once, if it is not on `device`.
+    """
+
+    def __init__(self, x: Tensor, device: torch.device) -> None:
+        self.memory: Tensor | None = None
+        if not x.is_cuda or x.device != device:
+            self.numbers = x.cpu()
+            return
+        with contextlib.suppress(IndexError):
+            self.memory = _FREE.pop()
+        if self.memory is None or len(self.memory) < x.nbytes:
+            with torch.inference_mode(False):
+                size = max(1 << 14, 1 << x.nbytes.bit_length())
+                self.memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+        self.numbers = self.memory[: x.nbytes].view(x.dtype).view(x.shape).copy_(x, non_blocking=True)
+
+    def read(self) -> np.ndarray:
+        """The numbers, once they are there; only once."""
+        if self.memory is None:
+            return self.numbers.numpy()
+        numbers = self.numbers.numpy().copy()
+        if len(_FREE) < _MOST_FREE:
+            _FREE.append(self.memory)
+        return numbers
 
 
 def fetch(ids: Tensor | None, mask: Any) -> Fetched | None:
