@@ -183,6 +183,7 @@ PRESETS = {
         new_tokens=4,
         flops=False,
         min_runs=6,
+        turns=24,
     ),
     # A prefill takes seconds here, and the attention map of a layer more memory than the GPU has.
     "qwen-16k": Preset(

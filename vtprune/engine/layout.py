@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -85,6 +86,15 @@ class BatchLayout:
 
         return Placed(*constant(("rows",), device, make, self.made))
 
+    @functools.cached_property
+    def in_order(self) -> frozenset[str]:
+        """Modalities of which encoder rows and flat rows both ascend."""
+        return frozenset(
+            modality
+            for modality, (raw, rows) in self.raw.items()
+            if (raw[:-1] < raw[1:]).all() and (rows[:-1] < rows[1:]).all()
+        )
+
     def raw_on(self, modality: str, device: torch.device, total: int) -> tuple[Tensor, Tensor] | None:
         """The encoder rows of a modality, and the flat rows that they are; None where both are simply all in order.
 
@@ -94,8 +104,7 @@ class BatchLayout:
             Rows that the encoder put out.
         """
         raw, rows = self.raw[modality]
-        everything = len(raw) == total == len(self.position)
-        if everything and (raw[:-1] < raw[1:]).all() and (rows[:-1] < rows[1:]).all():
+        if len(raw) == total == len(self.position) and modality in self.in_order:
             return None
         made = constant(("raw", modality), device, lambda: (upload(raw, device), upload(rows, device)), self.made)
         return made[0], made[1]
@@ -117,7 +126,7 @@ def build(
     masks: Mapping[str, np.ndarray], layouts: Mapping[str, Sequence[ImageLayout]], starts: Mapping[str, Sequence[int]]
 ) -> BatchLayout:
     """`match` for a prompt that may have been seen before."""
-    parts = tuple((m, mask.shape, np.packbits(mask).tobytes()) for m, mask in masks.items())
+    parts = tuple((m, mask.shape, mask.tobytes()) for m, mask in masks.items())
     images = [layout for m in masks for layout in layouts.get(m, ())]
     ids = tuple((tuple(map(id, layouts.get(m, ()))), tuple(starts.get(m, ()))) for m in masks)
     found = _BUILT.get((parts, ids))

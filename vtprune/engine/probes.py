@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -362,10 +363,10 @@ def match(
     layouts: dict[str, list[Any]] = {m: [] for m in masks}
     starts: dict[str, list[int]] = {m: [] for m in masks}
     for modality, encoding in call.encodings.items():
-        first = np.concatenate([[0], np.cumsum([item.raw_length for item in encoding.layouts])]).astype(int)
+        first = list(accumulate((item.raw_length for item in encoding.layouts), initial=0))
         order = _order(encoding, call.given.get(f"{modality}_features"), masks[modality])
         layouts[modality] = [encoding.layouts[i] for i in order]
-        starts[modality] = [int(first[i]) for i in order]
+        starts[modality] = [first[i] for i in order]
         words = (ids if ids is not None else _words(embeds)) if family.reads_ids else None
         layouts[modality], starts[modality] = family.arrange(
             modality, layouts[modality], starts[modality], masks[modality], words

@@ -365,8 +365,10 @@ def _rows_triton(
     # Between 0 and 1, so that half precision costs no weight more than 1/2000 of it; logits have no such bounds.
     kept = torch.float16 if softmax and half(query) else torch.float32
     between = torch.empty(samples * heads * chunk, pitch, dtype=kept, device=device)
-    tops = torch.empty(samples * heads * chunk if softmax else 1, blocks, dtype=torch.float32, device=device)
-    sums = torch.empty_like(tops)
+    tops = sums = out  # which nobody writes to as such
+    if softmax:
+        tops = torch.empty(samples * heads * chunk, blocks, dtype=torch.float32, device=device)
+        sums = torch.empty_like(tops)
     length, average_warps = _AVERAGE
     places, nb = tops.shape[0], triton.next_power_of_2(blocks)
     hb, pb = min(triton.next_power_of_2(heads * (chunk if mean else 1)), 64), max(1, min(16, 2048 // nb))
