@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import tempfile
 from typing import Any
 
 # Before transformers is imported: a test that reaches for the network must fail at once, not depend on it.
@@ -17,6 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import ImageFile
+
+# Before torch compiles: workers that share a GPU tune matrix products at the same time, to different kernels; one that
+# compiles the same graph again must not find what another left.
+if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ:
+    worker = f"vtprune-inductor-{os.getpid()}-{os.environ['PYTEST_XDIST_WORKER']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), worker))
 
 # Before any kernel is defined: without a GPU, Triton kernels run in its interpreter.
 if not torch.cuda.is_available():

@@ -380,8 +380,8 @@ class Engine:
         for watch in self.local.watchers:
             watch(call)
         if unpadded:
-            rows, last = np.full(len(host_new), host_new.shape[1]), int(layout.last.max(initial=-1))
-            tail = host_new.shape[1] - 1 - last if last >= 0 else 0
+            rows = np.full(len(host_new), host_new.shape[1])
+            tail = host_new.shape[1] - 1 - layout.end if layout.end >= 0 else 0
         else:
             rows = host_new.sum(1)
             lasts = zip(host_new, layout.last, strict=True)

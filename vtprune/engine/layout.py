@@ -87,6 +87,11 @@ class BatchLayout:
         return Placed(*constant(("rows",), device, make, self.made))
 
     @functools.cached_property
+    def end(self) -> int:
+        """The largest of `last`; -1 without a placeholder."""
+        return int(self.last.max(initial=-1))
+
+    @functools.cached_property
     def in_order(self) -> frozenset[str]:
         """Modalities of which encoder rows and flat rows both ascend."""
         return frozenset(

@@ -131,13 +131,13 @@ def constant(
     if device.type == "cuda" and device.index is None:  # that is another one once the current device changes
         device = torch.device("cuda", torch.cuda.current_device())
     key = (*key, device)
-    if made is None:
-        made = _MADE
+    made = _MADE if made is None else made
+    found = made.get(key)
+    if found is None and made is _MADE:
         with _CHANGES:
             if key in _LARGE:
-                made = _LARGE
-                _LARGE[key] = _LARGE.pop(key)
-    found = made.get(key)
+                made, found = _LARGE, _LARGE.pop(key)
+                _LARGE[key] = found
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     if found is None:
