@@ -261,7 +261,8 @@ def _pools(
     seqlens: tuple[int, ...],
     seg_image: tuple[int, ...],
 ) -> Pools:
-    """`Budget.pools` where lengths say everything: a prefill asks three times, and the next like it again."""
+    """`Budget.pools` where lengths and the fields of the budget say everything: a prefill asks three times, and the
+    next like it again."""
     wanted = [budget.image_count(n) for n in whole]
     num_samples = max(image_sample, default=-1) + 1
     if budget.scope == "joint":

@@ -227,3 +227,29 @@ def test_a_prompt_on_the_host_is_the_prompt_on_the_device(dtype: torch.dtype) ->
     for i, fetched in enumerate([*both, probes.fetch(ids.cuda() + 2, mask.cuda())]):
         assert fetched is not None and fetched.valid is not None and not fetched.all_valid
         assert (fetched.ids == ids.numpy() + i).all() and (fetched.valid == mask.bool().numpy()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    model = tiny.build("llava")
+    batch = tiny.collate(tiny.mixed(model))
+    with vtprune.apply(model, "norm", keep=0.4):
+        expected = model(**batch).logits
+        assert torch.equal(model(**batch | {"attention_mask": batch["attention_mask"].to(dtype)}).logits, expected)
+
+
+@torch.no_grad()
+def test_a_mask_that_is_written_to_spoils_no_later_prompt() -> None:
+    model = tiny.build("llava")
+    inputs = tiny.prompt(model, 1)
+    with vtprune.apply(model, "norm", keep=0.4):
+        expected = model(**inputs).logits
+
+        def write(module: nn.Module, args: Any, kwargs: Any) -> None:
+            kwargs["attention_mask"][:, :2] = 0
+
+        with_hook = tiny.decoder(model).register_forward_pre_hook(write, with_kwargs=True)
+        assert not torch.equal(model(**inputs).logits, expected)
+        with_hook.remove()
+        assert torch.equal(model(**inputs).logits, expected)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import ConfigError, VTPruneWarning
-from vtprune.kernels import dispatch
+from vtprune.kernels import _jit, dispatch
 
 
 class Elsewhere:
@@ -104,3 +104,33 @@ def test_a_machine_that_cannot_compile_falls_back(no_interpreter: None, monkeypa
 @pytest.mark.gpu
 def test_auto_is_triton_on_a_gpu() -> None:
     assert dispatch.resolve("auto", torch.ones(1, device="cuda")) == "triton"
+
+
+def test_a_launch_is_kept_for_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton looks at the first call alone; another shape, grid, constant or number of warps is another first call."""
+    monkeypatch.setattr(_jit, "_LAUNCHES", {})
+    looked, ran = [], []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            def first(*args: Any, **options: Any) -> Any:
+                looked.append((grid, args, options))
+                return {(*grid, 1, 1)[:3]: lambda *again: ran.append(again)}
+
+            return first
+
+    kernel = Kernel()
+    for args in ((1, 2), (3, 4)):
+        _jit.launch(("shape",), kernel, (5,), args, (True,), 4)
+    assert [args for _, args, _ in looked] == [(1, 2, True)] and ran == [(3, 4, True)]
+    for shape, grid, constants, warps in (
+        (("other",), (5,), (True,), 4),
+        (("shape",), (6,), (True,), 4),
+        (("shape",), (5,), (False,), 4),
+        (("shape",), (5,), (True,), 8),
+        (None, (5,), (True,), 4),
+    ):
+        before = len(looked)
+        _jit.launch(shape, kernel, grid, (1, 2), constants, warps)
+        assert len(looked) == before + 1
+    assert len(ran) == 1

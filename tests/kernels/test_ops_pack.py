@@ -203,8 +203,9 @@ def test_kept_slots_of_long_prompts(poison: None, length: int) -> None:
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     # From another address, in other memory: what was remembered of the first launch must fit this one too.
     moved = torch.cat([given[0].new_zeros(1), given[0]])[1:]
-    again = op.kept_slots(moved, *given[1:], backend="triton")
-    assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
+    for chosen in (moved, given[0].int()):
+        again = op.kept_slots(chosen, *given[1:], backend="triton")
+        assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
 
 
 def test_kept_slots_refuse_what_is_no_mask() -> None:

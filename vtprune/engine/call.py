@@ -258,10 +258,7 @@ class Call:
         assert self.state is not None
         batch, queries, _ = embeds.shape
         kw["inputs_embeds"] = embeds
-        mask = self.state.masks[0]
-        # A prompt like this one comes again; every step of decoding has another length.
-        full = self.state.full[0] and queries > 1
-        kw["attention_mask"] = pos.ones(batch, mask.shape[1], mask.device) if full else mask.long()
+        kw["attention_mask"] = self.state.masks[0].long()
         if positions.ndim == 3:
             kw["position_ids"] = pos.with_text_row(positions, self.past)
         else:

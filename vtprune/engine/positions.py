@@ -136,11 +136,12 @@ def _crop_layers(cache: Any, state: CacheState) -> None:
 
 def _lengths(cache: Any) -> list[int]:
     """Slots of each layer of a cache. Asked of every layer after every forward, so plain ones are read directly."""
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import Cache, DynamicLayer
 
+    plain = type(cache).get_seq_length is Cache.get_seq_length
     return [
         layer.keys.shape[-2]
-        if type(layer) is DynamicLayer and layer.keys is not None and layer.keys.ndim == 4
+        if plain and type(layer) is DynamicLayer and layer.keys is not None and layer.keys.ndim == 4
         else int(cache.get_seq_length(i))
         for i, layer in enumerate(cache.layers)
     ]
@@ -257,12 +258,6 @@ def contiguous(batch: int, length: int, past: int, device: torch.device) -> Tens
     if past:
         return torch.arange(past, past + length, device=device).expand(batch, -1)
     return constant(("slots", length), device, lambda: (torch.arange(length, device=device),))[0].expand(batch, -1)
-
-
-def ones(batch: int, length: int, device: torch.device) -> Tensor:
-    """``[B, length]`` int64 ones, a mask in the form that models want; not to be written to."""
-    make = functools.partial(torch.ones, batch, length, dtype=torch.int64, device=device)
-    return constant(("ones", batch, length), device, lambda: (make(),))[0]
 
 
 def all_valid(batch: int, length: int, device: torch.device) -> Tensor:

@@ -124,9 +124,9 @@ def positions_at(positions: Tensor | None, index: Tensor) -> Tensor:
 def packed(plan: Pack, embeds: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows ``[B, P, D]`` and positions ``[..., B, P]`` of a packed prompt; see `positions_at`.
 
-    On a GPU one kernel moves both of a batch, and fills padding slots with zeros. A single prompt, on which the GPU
-    waits for the host, takes the smallest launches there are. There, where gradients flow, and elsewhere, each is
-    gathered, and padding slots hold copies of what was dropped.
+    On a GPU one kernel moves both of a batch, and fills padding slots with zeros. Elsewhere, where gradients flow, and
+    in a single prompt, for which the GPU waits for the host, each is gathered by itself, with less work for the host;
+    padding slots then hold copies of what was dropped.
     """
     trained = torch.is_grad_enabled() and embeds.requires_grad
     together = embeds.device == plan.index.device and (positions is None or positions.device == embeds.device)

@@ -245,6 +245,8 @@ class Fetched:
         alike = mask is not None and mask.shape == ids.shape and mask.dtype == ids.dtype == torch.int64
         # Two copies take the host twice as long as one, and a sum almost nothing.
         self._together = mask is not None and alike and ids.is_cuda and mask.device == ids.device
+        if mask is not None and mask.is_floating_point():  # NumPy does not know all of these
+            mask = mask.bool()
         both = [torch.add(ids, mask, alpha=1 << _SHIFT)] if self._together else [ids, mask]  # type: ignore[arg-type]
         self._copies: list[Any] = [None if x is None else _Copy(x, ids.device) for x in both]
         self._done = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None

@@ -63,12 +63,12 @@ def launch(
     shape: tuple[Any, ...] | None, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...],
     constants: tuple[Any, ...], warps: int,
 ) -> None:  # fmt: skip
-    """Launch a kernel; as a `Launch` that is kept, where a `shape` is given that decides on everything but `grid` and
-    `constants`."""
+    """Launch a kernel; as a `Launch` that is kept, where a `shape` is given that decides on what Triton looks at in
+    `args`: device, dtypes, alignment, whole numbers that are not volatile."""
     if shape is None:
         kernel[grid](*args, *constants, num_warps=warps)
         return
-    key = kernel, grid, constants, shape
+    key = kernel, grid, constants, warps, shape
     found = _LAUNCHES.get(key)
     if found is None:
         found = Launch(kernel, grid, constants, num_warps=warps)

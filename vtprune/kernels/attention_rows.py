@@ -62,7 +62,7 @@ def attention_rows(
         other, or ``[sum(key_lens)]`` with `mean`. Keys that a query does not see get 0 after the softmax and -inf
         before it; the logits' mean over queries is over those that see the key, -inf where none does.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)  # 1 and 1.0 are arguments of different variants
     lens = _check(query, key, mask, slots, query_lens, key_lens)
     if resolve(backend, query) == "triton":
         return _rows_triton(query.detach(), key.detach(), scale, softmax, mask, slots, mean, lens)

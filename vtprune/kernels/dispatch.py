@@ -23,7 +23,7 @@ BACKENDS = ("auto", "triton", "torch")
 #: Compute capability below which there is no kernel: bf16 matrix products need Ampere.
 _LEAST = (8, 0)
 #: Triton below which there is none: older ones have no cooperative launches, and want other arguments for a variant
-#: that was found (see `gram.Launch`).
+#: that was found (see `_jit.Launch`).
 _LEAST_TRITON = (3, 3)
 
 

@@ -325,7 +325,7 @@ def _slots_kernel(  # type: ignore[no-untyped-def]
 
 def _slots_triton(chosen: Tensor, position: Tensor, others: Tensor, width: int) -> tuple[Tensor, Tensor]:
     batch, length = others.shape
-    chosen = chosen.contiguous()
+    chosen = chosen.long().contiguous()  # one variant serves all calls
     given = chosen, position, others.view(torch.int8)
     stays = torch.empty(batch, length, dtype=torch.int8, device=others.device)
     index = torch.empty(batch, width, dtype=torch.int64, device=others.device)

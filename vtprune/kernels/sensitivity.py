@@ -494,7 +494,7 @@ def _launches(
     rows: Tensor, inner: Tensor, bias: Tensor | None, gram: Tensor, kind: str | None, high: int,
     slope_tile: tuple[int, ...], form_tile: tuple[int, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The launches of `mean_square_change`, the first of them None if `kind` is; see `gram.Launch`."""
+    """The launches of `mean_square_change`, the first of them None if `kind` is; see `_jit.Launch`."""
     (tokens, depth), width = rows.shape, gram.shape[0]
     weights = (rows, inner, gram) if bias is None else (rows, inner, gram, bias)
     key = (
