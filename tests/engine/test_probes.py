@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune import registry
-from vtprune.engine import probes
+from vtprune.engine import fetched
 from vtprune.errors import UnsupportedModelError
 from vtprune.tokens import CLS_ROW, PRE_PROJECTOR, Probe, VisualTokens
 
@@ -214,7 +214,7 @@ def test_ids_and_mask_come_apart_again() -> None:
     """They travel to the host as one sum; ids may be negative, and a mask may hold any number."""
     ids = torch.tensor([[0, -200, 32000, 1], [151_655, -1, 2**31, 7]])
     mask = torch.tensor([[0, 1, 0, 1], [1, 0, 2, 1]])
-    apart = probes.taken_apart(torch.add(ids, mask, alpha=1 << probes._SHIFT).numpy())
+    apart = fetched.taken_apart(torch.add(ids, mask, alpha=1 << fetched._SHIFT).numpy())
     assert (apart[0] == ids.numpy()).all() and (apart[1] == mask.numpy()).all()
 
 
@@ -223,10 +223,10 @@ def test_ids_and_mask_come_apart_again() -> None:
 def test_a_prompt_on_the_host_is_the_prompt_on_the_device(dtype: torch.dtype) -> None:
     ids = torch.randint(-5, 200_000, (3, 50))
     mask = (torch.rand(3, 50) < 0.7).to(dtype)
-    both = [probes.fetch(ids.cuda() + i, mask.cuda()) for i in range(2)]  # two at once share no memory
-    for i, fetched in enumerate([*both, probes.fetch(ids.cuda() + 2, mask.cuda())]):
-        assert fetched is not None and fetched.valid is not None and not fetched.all_valid
-        assert (fetched.ids == ids.numpy() + i).all() and (fetched.valid == mask.bool().numpy()).all()
+    both = [fetched.fetch(ids.cuda() + i, mask.cuda()) for i in range(2)]  # two at once share no memory
+    for i, prompt in enumerate([*both, fetched.fetch(ids.cuda() + 2, mask.cuda())]):
+        assert prompt is not None and prompt.valid is not None and not prompt.all_valid
+        assert (prompt.ids == ids.numpy() + i).all() and (prompt.valid == mask.bool().numpy()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])

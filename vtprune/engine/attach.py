@@ -36,6 +36,7 @@ from . import early, layer_probes, probes, reversible
 from . import positions as pos
 from .call import Call, Encoded, Job
 from .entry import hold_back
+from .fetched import Fetched, fetch
 from .graph import PrefillGraphs
 from .layers import enter_layer, prune_cache
 from .prefill import Prompt, prune_prompt, unpack
@@ -314,7 +315,7 @@ class Engine:
             call.ids = ids
             call.given = {k: kw[k] for k in ("second_per_grid_ts", "mm_token_type_ids") if kw.get(k) is not None}
             call.masks = probes.placeholder_masks(self.family, ids, embeds)
-            call.fetched = probes.fetch(ids, kw.get("attention_mask"))
+            call.fetched = fetch(ids, kw.get("attention_mask"))
             for modality, out in encoded.items():
                 call.encodings[modality] = probes.encoding_of(modality, out, self.tap.local.recent or {})
                 call.given[f"{modality}_features"] = getattr(out, "pooler_output", None)
@@ -570,7 +571,7 @@ def watching(family: Family, watch: Callable[[Call], None] | None = None, entry:
 
 
 def new_rows(
-    mask: Any, state: pos.CacheState | None, past: int, embeds: Tensor, fetched: probes.Fetched | None = None
+    mask: Any, state: pos.CacheState | None, past: int, embeds: Tensor, fetched: Fetched | None = None
 ) -> Tensor | None:
     """Which new rows are tokens, ``[B, q]`` bool; None if all are and nobody has to ask the device for that.
 

@@ -24,7 +24,7 @@ from .report import Trace
 
 if TYPE_CHECKING:
     from .entry import Entry
-    from .probes import Fetched
+    from .fetched import Fetched
     from .reversible import Attending
 
 
