@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from vtprune import budget as budgets
 from vtprune.budget import Budget, FixedBudget, Pools, check_keep, fill, largest_remainder, parse_keep
 from vtprune.errors import ConfigError
+from vtprune.tokens import Selection
 
 # -- what a budget may be ---------------------------------------------------------------------------------------------
 
@@ -333,3 +334,16 @@ def test_one_token_is_not_one_whole() -> None:
     for _ in range(2):
         assert Budget(1.0).pools(tokens).counts == (6, 3)
         assert Budget(1).pools(tokens).counts == (1, 1)
+
+
+@pytest.mark.parametrize("scope", ["per_image", "joint"])
+@pytest.mark.parametrize("allocation", ["equal", "proportional", "pooled"])
+def test_borders_from_the_host_are_those_of_the_rows(scope: str, allocation: str) -> None:
+    """Where pools are segments the host knows where the kept rows of each end; elsewhere they are searched for."""
+    tokens = make_tokens(SAMPLES)
+    pools = Budget(0.3, scope, allocation).pools(tokens)
+    starts = [sum(pools.lens[:i]) for i in range(len(pools.lens))]
+    rows = [torch.randperm(n)[:k] + start for n, k, start in zip(*pools, starts, strict=True)]
+    order = torch.cat(rows)
+    known, searched = Selection.from_order(order, tokens, pools), Selection.from_order(order, tokens)
+    assert torch.equal(known.cu_seqlens, searched.cu_seqlens) and torch.equal(known.index, searched.index)
