@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .budget import Budget
 from .errors import ConfigError, VTPruneWarning
-from .kernels import reference
+from .kernels import select
 from .kernels.memory import spare
 from .tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
 
@@ -134,7 +134,7 @@ class Pruner:
                 f"{type(self).__name__}.score returned shape {tuple(scores.shape)}; expected one number per token, "
                 f"{tuple(tokens.source.shape)}"
             )
-        return Selection.from_order(reference.topk(scores, pools.lens, pools.counts), tokens, pools)
+        return Selection.from_picks(select.topk(scores, pools.lens, pools.counts), tokens, pools)
 
 
 def choose(pruner: Pruner, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:

@@ -69,6 +69,18 @@ def test_one_row(heads: tuple[int, int], softmax: bool, poison: None) -> None:
     check(*qk(2, *heads, 1, 13, 24), softmax)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_cls_row_whose_heads_lie_side_by_side(dtype: torch.dtype, poison: None) -> None:
+    query, key = qk(3, 2, 2, 1, 13, 24, dtype)
+    rows, keys = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key))  # as projections put them out
+    for mean in (False, True):
+        check(rows, keys, False, mean=mean)
+    together = attention_rows(rows, keys, softmax=False, backend="triton")
+    alone = [attention_rows(rows[i : i + 1], keys[i : i + 1], softmax=False, backend="triton") for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+    check(rows[:, :, :, :7], keys[:, :, :, :7], False)  # parts of heads, which do not
+
+
 @pytest.mark.parametrize("softmax", [True, False])
 @pytest.mark.parametrize("mean", [True, False])
 def test_text_rows_with_padding_and_causality(mean: bool, softmax: bool, poison: None) -> None:

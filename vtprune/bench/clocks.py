@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..engine.attach import engine_of
 from ..models import find_family
 
-WARM_UP, MIN_RUNS, MAX_RUNS = 4, 10, 50
+WARM_UP, MIN_RUNS, MAX_RUNS = 4, 10, 150
 
 
 class Clock:
@@ -125,14 +126,30 @@ def read(marks: dict[str, Any], start: Any, end: Any, clock: Clock) -> dict[str,
     return run
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Within this block Python looks for no cycles by itself, which takes milliseconds now and then; what is there at
+    its beginning is left out when someone asks for it."""
+    was_on = gc.isenabled()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
+
+
 def timed_runs(model: nn.Module, call: Callable[[], object], times: Times, count: int, warm_up: int) -> None:
     """Run `call` and add `count` runs to `times`."""
     clock = Clock(find_family(model).model.device)
-    with parts(model, clock) as marks, torch.inference_mode():
+    with parts(model, clock) as marks, torch.inference_mode(), no_collection():
         for _ in range(warm_up):
             call()
         for _ in range(count):
             marks["score"].clear()
+            gc.collect()  # between two runs, so that none holds what another left
             clock.wait()
             start = clock.mark()
             call()

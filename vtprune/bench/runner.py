@@ -391,8 +391,9 @@ def measure(
 
 def _in_turns(model: nn.Module, lines: Sequence[Line], seconds: float, min_runs: int, warm_up: int) -> list[Times]:
     """Timed runs of lines that take turns: in bursts, or one by one where a run takes so long that what else the
-    machine does changes from one to the next."""
-    found, min_runs = [Times() for _ in lines], min(min_runs, MAX_RUNS)
+    machine does changes from one to the next. Each round begins with another line, so that none always follows the
+    same one."""
+    found, min_runs, rounds = [Times() for _ in lines], min(min_runs, MAX_RUNS), 0
     begin = time.perf_counter()
     while lines and (
         len(found[0].runs) < min_runs or (len(found[0].runs) < MAX_RUNS and time.perf_counter() < begin + seconds)
@@ -400,9 +401,11 @@ def _in_turns(model: nn.Module, lines: Sequence[Line], seconds: float, min_runs:
         first = not found[0].runs
         slow = first or any(times.runs[-1]["ttft"] > SLOW_MS for times in found)
         count = 1 if slow else min(BURST, MAX_RUNS - len(found[0].runs))
-        for line, times in zip(lines, found, strict=True):
+        for i in range(len(lines)):
+            line, times = (x[(rounds + i) % len(lines)] for x in (lines, found))
             with line.enter() as running:
                 timed_runs(model, running.prefill, times, count, warm_up if first else int(not slow))
+        rounds += 1
         if first:
             begin = time.perf_counter()  # kernels were compiled, and graphs captured
     return found

@@ -251,14 +251,17 @@ class Call:
         return next((done.kept for done in reversed(self.trace) if not done.stage.reversible), None)
 
     def set_sequence(self, kw: dict[str, Any], embeds: Tensor, positions: Tensor) -> None:
-        """Hand the text model its rows, an explicit mask, contiguous positions, and the true ones to its rotary.
+        """Hand the text model its rows, contiguous positions, the true ones to its rotary, and a mask.
 
-        Attention code takes gaps in positions, where no mask is given, for borders between packed sequences.
+        Attention code takes gaps in positions, where no mask is given, for borders between packed sequences. A mask
+        that hides nothing is left out where there is a cache: the model would ask the device what it hides, and wait.
+        Without a cache it would look at the positions instead.
         """
         assert self.state is not None
         batch, queries, _ = embeds.shape
         kw["inputs_embeds"] = embeds
-        kw["attention_mask"] = self.state.masks[0].long()
+        cached = kw.get("past_key_values") is not None or kw.get("use_cache")
+        kw["attention_mask"] = None if cached and self.state.full[0] else self.state.masks[0].long()
         if positions.ndim == 3:
             kw["position_ids"] = pos.with_text_row(positions, self.past)
         else:

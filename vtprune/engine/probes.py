@@ -167,8 +167,9 @@ class EncoderTap:
                 if memory is not None and pixels is not None:
                     memory.setdefault((name, left), (pixels, out, encoding))
             # A pruner must not see what another one asked for.
-            wanted = set(self.wanted())
-            encoding = replace(encoding, probes={p: v for p, v in encoding.probes.items() if p in wanted})
+            wanted = self.wanted()
+            if any(probe not in wanted for probe in encoding.probes):
+                encoding = replace(encoding, probes={p: v for p, v in encoding.probes.items() if p in wanted})
             if hasattr(out, "__dict__"):
                 object.__setattr__(out, _ENCODING, encoding)  # generate() hands this very object to the forward
             if self.local.encodings is not None:
@@ -329,8 +330,14 @@ def probes_of(call: Call, layout: BatchLayout) -> dict[Probe, Tensor]:
 def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, placed: Placed) -> VisualTokens:
     """What a pruner sees of the prompt ``embeds [B, L, D]``; `placed` is the layout on its device."""
     device, probes = embeds.device, probes_of(call, layout)
+    flat = embeds.detach().reshape(-1, embeds.shape[-1])
+    # A view where that will do; elsewhere in memory products may round in another way, unless rows start alike.
+    if layout.start is not None and flat.stride(0) * flat.element_size() % 256 == 0:
+        features = flat[layout.start : layout.start + len(layout.position)]
+    else:
+        features = flat.index_select(0, placed.position)
     tokens = VisualTokens(
-        features=embeds.detach().reshape(-1, embeds.shape[-1]).index_select(0, placed.position),
+        features=features,
         seqlens=layout.seqlens,
         source=placed.source,
         coords=placed.coords,

@@ -293,6 +293,49 @@ def _average_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + to + lane, acc, mask=(lane < keys) & (first + row < rows))
 
 
+@jit(volatile=("keys",))
+def _products_kernel(  # type: ignore[no-untyped-def]
+    query, key, out, factor, keys, width, query_b, key_b, key_l, BL: tl.constexpr, BD: tl.constexpr
+):
+    """A row of queries by a block of rows of keys, all heads as one."""
+    sample = tl.program_id(1).to(tl.int64)
+    lane = tl.program_id(0) * BL + tl.arange(0, BL)
+    total = tl.zeros([BL, BD], tl.float32)
+    for at in range(0, width, BD):
+        d = at + tl.arange(0, BD)
+        q = tl.load(query + sample * query_b + d, mask=d < width, other=0.0).to(tl.float32)
+        place = key + sample * key_b + lane.to(tl.int64)[:, None] * key_l + d[None, :]
+        k = tl.load(place, mask=(lane < keys)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+        total += k * q[None, :]
+    tl.store(out + sample * keys + lane, tl.sum(total, 1) * factor, mask=lane < keys)
+
+
+#: Keys of a program of it, and how much of their width at once.
+_PRODUCTS = (8, 512)
+
+
+def _one_row(query: Tensor, key: Tensor, scale: float, mean: bool) -> Tensor:
+    """The mean over heads of one query's logits. Where each head of queries has keys of its own and all lie side by
+    side, that is one product of whole rows: one launch instead of two, since a vision tower waits for launches."""
+    samples, heads, _, dim = query.shape
+    keys, width = key.shape[2], heads * dim
+    out = torch.empty((samples, keys) if mean else (samples, 1, keys), dtype=torch.float32, device=query.device)
+    if out.numel():
+        lanes, deep = _PRODUCTS
+        deep = min(deep, triton.next_power_of_2(width))
+        shape = (
+            query.shape, query.stride(), query.data_ptr() % 16, key.shape, key.stride(), key.data_ptr() % 16,
+            query.dtype, query.device, scale,
+        )  # fmt: skip
+        with device_of(query):
+            launch(
+                shape, _products_kernel, (-(-keys // lanes), samples),
+                (query, key, out, scale / heads, keys, width, query.stride(0), key.stride(0), key.stride(2)),
+                (lanes, deep), 4,
+            )  # fmt: skip
+    return out
+
+
 #: Rows of a tile of logits at most, keys of a tile, warps, in half precision and in fp32, whose products are long to
 #: compile (12 s for 256 keys); keys of a block of averages, warps.
 _LOGITS = ((64, 256, 4), (64, 128, 8))
@@ -324,6 +367,10 @@ def _rows_triton(
     lens: Lens | None,
 ) -> Tensor:
     device = query.device
+    if lens is None and not softmax and mask is None and slots is None and query.shape[2] == 1:
+        side_by_side = query.stride()[1::2] == key.stride()[1::2] == (query.shape[3], 1)
+        if side_by_side and query.shape[1] == key.shape[1] and query.dtype == key.dtype:
+            return _one_row(query, key, scale, mean)
     if key.dtype != query.dtype:
         query, key = query.float(), key.float()
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (multipliable(query), multipliable(key)))

@@ -47,6 +47,26 @@ def _in_order(order: Tensor) -> Picks:
 
 @forgiving
 @torch.no_grad()
+def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int], backend: str = "auto") -> Picks:
+    """The rows with the largest scores of each pool; see `reference.topk`, which has the same picks on every device.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[T]``, compared as fp32; NaN counts as -inf.
+    lens, counts, backend
+        As in `mmr`.
+    """
+    if resolve(backend, scores) == "triton":
+        from . import topk as kernel
+
+        if max(lens, default=0) <= kernel.MOST_ROWS:
+            return Picks(*kernel.topk(scores, lens, counts))
+    return _in_order(reference.topk(scores, lens, counts))
+
+
+@forgiving
+@torch.no_grad()
 def mmr(
     features: Tensor,
     importance: Tensor,

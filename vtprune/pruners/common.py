@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..budget import Budget
 from ..errors import ConfigError
-from ..kernels import reference
+from ..kernels import reference, select
 from ..tokens import CLS_ROW, Selection, VisualTokens
 from . import importance
 
@@ -52,7 +52,7 @@ def unordered(rows: Tensor, tokens: VisualTokens, **info: str) -> Selection:
 def top(scores: Tensor, tokens: VisualTokens, budget: Budget) -> Selection:
     """The largest scores ``[T]`` of each pool, ties to the lowest index."""
     pools = budget.pools(tokens)
-    return Selection.from_order(reference.topk(scores, pools.lens, pools.counts), tokens, pools)
+    return Selection.from_picks(select.topk(scores, pools.lens, pools.counts), tokens, pools)
 
 
 def top_then_even(scores: Tensor, sound: Tensor, lead: Tensor, pools: reference.Pools) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..budget import Budget, allocation, fill, largest_remainder
 from ..errors import ConfigError
-from ..kernels import reference
+from ..kernels import select
 from ..registry import Pruner, register
 from ..tokens import CLS_LOGITS, LAST_CLS_LOGITS, PRE_PROJECTOR, PROJECTOR, Probe, Selection, Stage, VisualTokens
 
@@ -105,9 +105,9 @@ class GlobalCom2Pruner(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
         pools = budget.pools(tokens)
-        order = reference.topk(self.score(tokens), pools.lens, pools.counts)
+        picks = select.topk(self.score(tokens), pools.lens, pools.counts)
         source = "minus_cosine_to_mean" if _logits(tokens) is None else "cls_logits"
-        return Selection.from_order(order, tokens, importance=source)
+        return Selection.from_picks(picks, tokens, pools, importance=source)
 
 
 # -- how many: the allocation -----------------------------------------------------------------------------------------

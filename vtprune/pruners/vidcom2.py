@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget, allocation, fill
-from ..kernels import reference
 from ..registry import Pruner, register
 from ..tokens import PROJECTOR, Selection, Stage, VisualTokens
 from . import common
@@ -65,8 +64,7 @@ class VidCom2Pruner(Pruner):
             return scores
 
     def select(self, tokens: VisualTokens, budget: Budget, stage: Stage = PROJECTOR) -> Selection:
-        pools = budget.pools(tokens)
-        return Selection.from_order(reference.topk(self.score(tokens), pools.lens, pools.counts), tokens, pools)
+        return common.top(self.score(tokens), tokens, budget)
 
 
 def _images(tokens: VisualTokens) -> Iterator[tuple[slice, Tensor, Tensor, list[int]]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..budget import Budget, FixedBudget, Pools
 from ..errors import ConfigError
-from ..kernels import reference
+from ..kernels import select
 from ..registry import Pruner, build, register
 from ..tokens import PROJECTOR, Probe, Selection, Stage, VisualTokens
 from . import common
@@ -104,7 +104,8 @@ class WorstPruner(Pruner):
         if type(self.other).select is Pruner.select:
             scores = self.other.score(tokens)
             upside_down = -scores.masked_fill(scores.isnan(), -torch.inf)
-            return Selection.from_order(reference.topk(upside_down, pools.lens, pools.counts), tokens, of=self.of)
+            picks = select.topk(upside_down, pools.lens, pools.counts)
+            return Selection.from_picks(picks, tokens, pools, of=self.of)
         order = self.other.select(tokens, given(pools.lens), stage).order if self.other.ordered else None
         if order is not None and len(order) == sum(pools.lens):
             ends = accumulate(pools.lens)
