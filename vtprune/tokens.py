@@ -8,6 +8,7 @@ batch of samples with different images.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
@@ -202,7 +203,7 @@ class VisualTokens:
         """``[S + 1]`` int64 on the device of the features: where each segment starts."""
         return cu_seqlens_of(self.seqlens, self.device)
 
-    @property
+    @functools.cached_property
     def image_lens(self) -> tuple[int, ...]:
         """Tokens per image."""
         lens = [0] * self.num_images
