@@ -272,7 +272,8 @@ def ideal(model: nn.Module, inputs: dict[str, Any], keep: float | int, label: st
                     with suppress(Unfit):
                         hidden, cache = graphs.prefill(rows, places, partial(empty_cache_for, lm))
                 if hidden is None:
-                    out = lm(inputs_embeds=rows, use_cache=True)  # nothing to hide: the model looks at no mask
+                    mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
+                    out = lm(inputs_embeds=rows, attention_mask=mask, use_cache=True)
                     hidden, cache = out.last_hidden_state, out.past_key_values
                 return head(hidden[:, -1:]).argmax(-1), cache
 

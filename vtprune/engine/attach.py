@@ -6,7 +6,8 @@ grids and the cache; one on its text model, which sees embeddings, positions and
 embedding, which gets the true positions while everything else sees contiguous ones, because attention code takes gaps
 in positions for borders between packed sequences. Beside them the inner model's ``get_*_features`` are wrapped on the
 instance: newer transformers encode pictures in generate(), before the forward, and take grids and sizes away. Two other
-methods of it, which wait for the device, are spared the wait (`shortcuts`).
+methods of it, which wait for the device, are spared the wait (`shortcuts`), and the rotary embedding of a pruned
+sequence is looked up (`rotary`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from .layers import enter_layer, prune_cache
 from .prefill import Prompt, prune_prompt, unpack
 from .replay import Unfit
 from .report import Report, make_report
+from .rotary import RotaryTable
 from .shortcuts import Shortcuts
 
 ATTRIBUTE = "_vtprune_engine"
@@ -84,6 +86,7 @@ class Engine:
         self.family = family
         self.tap = probes.EncoderTap(family, self._wanted_probes)
         self.shortcuts = Shortcuts(family, self.active_job, lambda: self.local.call)
+        self.rotary = RotaryTable(family.lm.rotary_emb, lambda: self.local.call)
         self.signature = list(inspect.signature(family.inner.forward).parameters)
         self.job: Job | None = None
         self.users = 0
@@ -127,6 +130,7 @@ class Engine:
             self._hook_outer(outer)
         self.tap.attach()
         self.shortcuts.attach()
+        self.rotary.attach()
         setattr(inner, ATTRIBUTE, self)
 
     def _hook_outer(self, outer: Any) -> None:
@@ -148,6 +152,7 @@ class Engine:
         self.hooked_attention.clear()
         self.tap.detach()
         self.shortcuts.detach()
+        self.rotary.detach()
         self.family.inner.__dict__.pop(ATTRIBUTE, None)
         for cache in self.caches:
             pos.refuse(cache)
@@ -315,7 +320,8 @@ class Engine:
             call.ids = ids
             call.given = {k: kw[k] for k in ("second_per_grid_ts", "mm_token_type_ids") if kw.get(k) is not None}
             call.masks = probes.placeholder_masks(self.family, ids, embeds)
-            call.fetched = fetch(ids, kw.get("attention_mask"))
+            positions = None if self.family.mrope else kw.get("position_ids")
+            call.fetched = fetch(ids, kw.get("attention_mask"), positions)
             for modality, out in encoded.items():
                 call.encodings[modality] = probes.encoding_of(modality, out, self.tap.local.recent or {})
                 call.given[f"{modality}_features"] = getattr(out, "pooler_output", None)
@@ -490,6 +496,7 @@ class Engine:
             prompt_length=state.prompt_length + queries,
             next_original=next_original,
             next_position=next_position,
+            reach=None if state.reach is None else state.reach + queries,
         )
         call.set_sequence(kw, embeds, positions.expand(3, -1, -1) if state.mrope else positions)
         self._hook_stages(call)

@@ -158,6 +158,8 @@ class Call:
         The cache, its length before this forward, and the state that it will carry after it.
     rotary
         True positions for the rotary embedding, where the text model is handed contiguous ones.
+    reach
+        These positions, and a number that the host knows to lie above all of them; see `rotary`.
     tokens, slots
         Visual tokens that are still there, and their packed slots ``sample * width + slot``.
     text_slots
@@ -195,6 +197,7 @@ class Call:
     past: int = 0
     state: pos.CacheState | None = None
     rotary: Tensor | None = None
+    reach: tuple[Tensor, int] | None = None
     text_slots: Tensor | None = None
     trace: list[Trace] = field(default_factory=list)
     packs: list[Pack] = field(default_factory=list)
@@ -266,6 +269,7 @@ class Call:
             kw["position_ids"] = pos.with_text_row(positions, self.past)
         else:
             self.rotary = positions
+            self.reach = None if self.state.reach is None else (positions, self.state.reach)
             kw["position_ids"] = pos.contiguous(batch, queries, self.past, embeds.device)
         if kw.get("cache_position") is not None:  # older transformers (5.0, 4.57)
             kw["cache_position"] = torch.arange(self.past, self.past + queries, device=embeds.device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .replay import Unfit
+from .rotary import depends_on_length
 
 #: Decoder layers of transformers that compute what `decoder_layer` does.
 DECODERS = (
@@ -134,8 +135,7 @@ def unknown(lm: Any) -> str:
     """Why the decoder is not one that `decoder_layer` computes; empty if it is."""
     if "forward" in lm.__dict__ or hasattr(lm, "_hf_hook"):
         return "something else (accelerate, for example) has replaced the language model's forward"
-    rope = getattr(lm.rotary_emb, "rope_type", "default")
-    if "dynamic" in rope or "longrope" in rope:
+    if rope := depends_on_length(lm.rotary_emb):
         return f"the rotary embedding ({rope}) depends on the longest position"
     if not hasattr(getattr(lm, "norm", None), "variance_epsilon"):
         return f"the last norm of {type(lm).__name__} is not an RMSNorm"

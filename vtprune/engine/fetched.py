@@ -25,17 +25,19 @@ class Fetched:
         ``[B, L]``.
     mask : Tensor or None
         ``[B, past + L]``, the mask that came with it.
+    positions : Tensor or None
+        ``[B, L]`` or ``[1, L]``, the positions that did.
     """
 
-    def __init__(self, ids: Tensor, mask: Tensor | None) -> None:
-        self.mask = mask
+    def __init__(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> None:
+        self.mask, self.positions = mask, positions
         alike = mask is not None and mask.shape == ids.shape and mask.dtype == ids.dtype == torch.int64
         # Two copies take the host twice as long as one, and a sum almost nothing.
         self._together = mask is not None and alike and ids.is_cuda and mask.device == ids.device
         if mask is not None and mask.is_floating_point():  # NumPy does not know all of these
             mask = mask.bool()
         both = [torch.add(ids, mask, alpha=1 << _SHIFT)] if self._together else [ids, mask]  # type: ignore[arg-type]
-        self._copies: list[Any] = [None if x is None else _Copy(x, ids.device) for x in both]
+        self._copies: list[Any] = [None if x is None else _Copy(x, ids.device) for x in (*both, positions)]
         self._done = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
 
     def _host(self, which: int) -> np.ndarray | None:
@@ -45,7 +47,7 @@ class Fetched:
         if not isinstance(self._copies[0], np.ndarray):
             self._copies = [None if x is None else x.read() for x in self._copies]
             if self._together:
-                self._copies = list(taken_apart(self._copies[0]))
+                self._copies[:1] = taken_apart(self._copies[0])
         found: np.ndarray | None = self._copies[which]
         return found
 
@@ -66,6 +68,12 @@ class Fetched:
     def all_valid(self) -> bool:
         """Nothing of it is padding."""
         return self.valid is None or bool(self.valid.all())
+
+    @functools.cached_property
+    def positions_are_slots(self) -> bool:
+        """Positions are those that a prompt without padding has if nobody gives any."""
+        positions = self._host(2)
+        return positions is not None and bool((positions == np.arange(positions.shape[1])).all())
 
 
 #: Bits of a token id, of either sign, in the sum of ids and mask.
@@ -115,12 +123,15 @@ class _Copy:
         return numbers
 
 
-def fetch(ids: Tensor | None, mask: Any) -> Fetched | None:
-    """Start to bring a prompt to the host, before its pictures are encoded; None where it is no plain one."""
+def fetch(ids: Tensor | None, mask: Any, positions: Any = None) -> Fetched | None:
+    """Start to bring a prompt to the host, before its pictures are encoded; None where it is no plain one. Positions of
+    another kind than one number per slot are not looked at."""
     if ids is None or ids.ndim != 2:
         return None
+    plain = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == ids.shape[1]
+    positions = positions if plain and positions.device == ids.device else None
     if mask is None:
-        return Fetched(ids, None)
+        return Fetched(ids, None, positions)
     if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
         return None
-    return Fetched(ids, mask)
+    return Fetched(ids, mask, positions)

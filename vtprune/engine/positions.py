@@ -52,6 +52,8 @@ class CacheState:
         ``[B]`` int64 position that the next token gets; differs with ``positions="compact"``.
     mrope
         Whether positions are triples.
+    reach
+        A number that the host knows to lie above all positions so far; None where it knows none.
     """
 
     masks: dict[int, Tensor] = field(repr=False)
@@ -62,6 +64,7 @@ class CacheState:
     next_original: Tensor
     next_position: Tensor
     mrope: bool
+    reach: int | None = None
     home: Home | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:

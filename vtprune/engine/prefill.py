@@ -256,6 +256,7 @@ def prune_prompt(
         next_original=next_original,
         next_position=next_position,
         mrope=family.mrope,
+        reach=length if positions is None else None,
     )
     call.set_sequence(kw, rows_left, packed_positions)
 
@@ -279,7 +280,9 @@ def prompt_positions(
 ) -> tuple[Tensor | None, Tensor]:
     """Positions of the unpruned prompt, ``[B, L]``, or ``[3, B, L]`` for M-RoPE, and the next ones, ``[B]``. None for
     positions that are the slots of the prompt."""
-    if given is None and before is None and prompt.unpadded and not family.mrope and not call.past:
+    fetched = call.fetched
+    slots = given is None or (fetched is not None and fetched.positions is given and fetched.positions_are_slots)
+    if slots and before is None and prompt.unpadded and not family.mrope and not call.past:
         batch, length = prompt.valid.shape
         device = prompt.valid.device
         ends = constant(("ends", batch, length), device, lambda: (torch.full((batch,), length, device=device),))

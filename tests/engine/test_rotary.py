@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looked-up rotary embeddings are the module's own to the bit, and only where nothing else could be meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+import vtprune
+from vtprune.engine import rotary
+from vtprune.engine.attach import engine_of
+from vtprune.models import find_family
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotary, "DEVICES", (DEVICE,))
+
+
+def calls(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions the module computes, each time it does."""
+    asked: list[int] = []
+    cls, own = type(module), type(module).forward
+
+    def forward(self: Any, x: Tensor, position_ids: Tensor) -> Any:
+        asked.append(position_ids.shape[-1])
+        return own(self, x, position_ids)
+
+    monkeypatch.setattr(cls, "forward", forward)
+    return asked
+
+
+@torch.no_grad()
+def test_prompts_and_steps_look_it_up_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava").to(DEVICE)
+    batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    asked = calls(model.model.language_model.rotary_emb, monkeypatch)
+    with vtprune.apply(model, "norm", keep=0.4):
+        out = [model(**batch).logits, model.generate(**batch, max_new_tokens=4, do_sample=False)]
+        assert asked == [1024]  # the table, once
+        monkeypatch.setattr(rotary, "DEVICES", ())
+        expected = [model(**batch).logits, model.generate(**batch, max_new_tokens=4, do_sample=False)]
+        assert len(asked) == 6
+    assert all(map(torch.equal, out, expected))
+    assert "forward" not in model.model.language_model.rotary_emb.__dict__
+
+
+@torch.no_grad()
+def test_a_changed_module_gets_another_table() -> None:
+    model = tiny.build("llava").to(DEVICE)
+    batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    module = model.model.language_model.rotary_emb
+    with vtprune.apply(model, "norm", keep=0.4):
+        before = model(**batch).logits
+        module.inv_freq.mul_(0.5)
+        after = model(**batch).logits
+        assert not torch.equal(before, after)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rotary, "DEVICES", ())
+            assert torch.equal(after, model(**batch).logits)
+        module.inv_freq = module.inv_freq * 2.0
+        assert torch.equal(before, model(**batch).logits)
+
+
+@torch.no_grad()
+def test_positions_of_the_callers_own_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava").to(DEVICE)
+    batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    asked = calls(model.model.language_model.rotary_emb, monkeypatch)
+    positions = torch.arange(batch["input_ids"].shape[1], device=DEVICE)[None] + 5000
+    with vtprune.apply(model, "norm", keep=0.4):
+        model(**batch, position_ids=positions)
+        assert asked and 1024 not in asked and 8192 not in asked
+
+
+@torch.no_grad()
+def test_a_table_serves_inference_and_training() -> None:
+    model = tiny.build("llava").to(DEVICE)
+    batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    with vtprune.apply(model, "norm", keep=0.4):
+        with torch.inference_mode():
+            model(**batch)
+        with torch.enable_grad():
+            model(**batch).logits.sum().backward()
+    assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_kinds_that_depend_on_the_length_are_left_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava")
+    monkeypatch.setattr(model.model.language_model.rotary_emb, "rope_type", kind)
+    with vtprune.apply(model, "norm", keep=0.4):
+        assert "forward" not in model.model.language_model.rotary_emb.__dict__
+
+
+def test_a_forward_that_somebody_replaced_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava")
+    module = model.model.language_model.rotary_emb
+    own, later = module.forward, lambda *a, **k: own(*a, **k)
+    module.forward = own
+    with vtprune.apply(model, "norm", keep=0.4):
+        assert module.__dict__["forward"] is own
+    del module.__dict__["forward"]
+    with vtprune.apply(model, "norm", keep=0.4):
+        assert engine_of(find_family(model)).rotary.wrapper is not None
+        module.forward = later
+    assert module.__dict__["forward"] is later
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reach", [3, 640, 1024, 3000, 30000])
+@torch.no_grad()
+def test_rows_of_the_table_are_those_of_the_module(dtype: torch.dtype, reach: int) -> None:
+    model = tiny.build("llava").to("cuda")
+    module = model.model.language_model.rotary_emb
+    table = rotary.RotaryTable(module, lambda: None)
+    x = torch.empty(1, 1, 8, dtype=dtype, device="cuda")
+    generator = torch.Generator().manual_seed(reach)
+    for rows in (1, 7, min(reach, 500)):
+        places = torch.randperm(reach, generator=generator)[:rows].sort().values.cuda()[None]
+        own = module(x, places)
+        for mine, theirs in zip(table._table(module.forward, x, reach), own, strict=True):
+            assert torch.equal(mine[places[0]], theirs[0])
