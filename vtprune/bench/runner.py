@@ -402,9 +402,9 @@ def _in_turns(model: nn.Module, lines: Sequence[Line], seconds: float, min_runs:
         slow = first or any(times.runs[-1]["ttft"] > SLOW_MS for times in found)
         count = 1 if slow else min(BURST, MAX_RUNS - len(found[0].runs))
         for i in range(len(lines)):
-            line, times = (x[(rounds + i) % len(lines)] for x in (lines, found))
-            with line.enter() as running:
-                timed_runs(model, running.prefill, times, count, warm_up if first else int(not slow))
+            turn = (rounds + i) % len(lines)
+            with lines[turn].enter() as running:
+                timed_runs(model, running.prefill, found[turn], count, warm_up if first else int(not slow))
         rounds += 1
         if first:
             begin = time.perf_counter()  # kernels were compiled, and graphs captured

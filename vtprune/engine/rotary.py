@@ -70,7 +70,7 @@ class RotaryTable:
             return tuple(table.index_select(0, rows).view(shape) for table in self._table(original, x, reach))
 
         setattr(forward, OURS, True)
-        module.forward = self.wrapper = forward  # type: ignore[method-assign]
+        module.forward = self.wrapper = forward
 
     def detach(self) -> None:
         if self.wrapper is not None and self.module.__dict__.get("forward") is self.wrapper:
