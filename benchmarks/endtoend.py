@@ -167,11 +167,11 @@ class Preset:
 
 
 PRESETS = {
-    "llava": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", others=True, seconds=30, turns=150),
+    "llava": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", others=True, seconds=25, turns=150),
     "llava-batch": Preset(
         "llava-1.5-7b", Case(8, None, 64), 1 / 9, "1/9", graphs=False, neighbours=(), seconds=8, turns=60
     ),
-    "next": Preset("llava-next-7b", Case(1, None, 64), 1 / 18, "1/18", seconds=20, turns=150),
+    "next": Preset("llava-next-7b", Case(1, None, 64), 1 / 18, "1/18", seconds=15, turns=80),
     "globalcom2": Preset("llava-next-7b", Case(1, None, 64), 0.1, "1/10", ("globalcom2",), (), graphs=False, seconds=4),
     "qwen-4k": Preset(
         "qwen2.5-vl-7b",
@@ -183,7 +183,7 @@ PRESETS = {
         new_tokens=4,
         flops=False,
         min_runs=6,
-        turns=40,
+        turns=24,
     ),
     # A prefill takes seconds here, and the attention map of a layer more memory than the GPU has.
     "qwen-16k": Preset(

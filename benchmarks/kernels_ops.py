@@ -2,7 +2,7 @@
 """Scoring and gathering: what `benchmarks.kernels` times of the other modules of `vtprune.kernels`.
 
 ``floor`` is the matrix product alone for `sensitivity` and `lens`, a copy of as many bytes for `pack`, one read of the
-keys for `attention`, one read of the weights for `neurons`.
+keys for `attention`, of the scores for `topk`, of the weights for `neurons`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernels import Work, register
-from vtprune.kernels import attention_rows, lens_topk, neuron_match, pack, sensitivity
+from vtprune.kernels import attention_rows, lens_topk, neuron_match, pack, select, sensitivity
 
 #: Images of LLaVA-1.5 (one), and LLaVA-NeXT (five views).
 IMAGES = (576, 2880)
@@ -220,6 +220,50 @@ add_rows("text rows", (8, 32, 32, 40, 2940, 128), causal=True)
 add_rows("text rows", (1, 28, 4, 40, 16384, 128), causal=True)
 add_rows("CLS", (2, 2, 2, 1, 9, 16), causal=False, tiny=True)
 add_rows("text rows", (2, 4, 2, 3, 9, 16), causal=True, tiny=True)
+
+
+def add_logits(batch: int, heads: int, length: int, d: int, tiny: bool = False) -> None:
+    """A CLS row before its softmax, of queries and keys as projections put them out."""
+
+    @register("attention CLS logits", f"{batch}x{length} {heads}x{d}", None, tiny)
+    def make(device: torch.device) -> Work:
+        query = normal(batch, 1, heads, d, device=device).transpose(1, 2)
+        key = normal(batch, length, heads, d, device=device, seed=1).transpose(1, 2)
+        words = key.transpose(1, 2).view(torch.int32)
+        return Work(
+            lambda: attention_rows.attention_rows(query, key, softmax=False),
+            lambda: ((query @ key.transpose(2, 3)).float() * d**-0.5).mean((1, 2)),
+            lambda: words.amax(),
+            graph=True,
+        )
+
+
+add_logits(1, 16, 577, 64)
+add_logits(5, 16, 577, 64)
+add_logits(40, 16, 577, 64)
+add_logits(2, 2, 9, 16, tiny=True)
+
+
+# -- the best of each pool --------------------------------------------------------------------------------------------
+
+
+def add_topk(n: int, k: int, pools: int = 1, tiny: bool = False) -> None:
+    @register("topk", f"{n}/{k}" + (f" x{pools}" if pools > 1 else ""), None, tiny)
+    def make(device: torch.device) -> Work:
+        scores, lens, counts = normal(pools * n, device=device).float(), (n,) * pools, (k,) * pools
+
+        def naive() -> Tensor:
+            """Two sorts: by score, ties to the lowest row, and of the rows."""
+            best = scores.view(pools, n).sort(dim=1, descending=True, stable=True).indices[:, :k]
+            return best.sort(dim=1).values
+
+        return Work(lambda: select.topk(scores, lens, counts), naive, lambda: scores.amax(), graph=True)
+
+
+for rows, picks in ((576, 64), (2880, 160), (4096, 1024), (16384, 4096)):
+    add_topk(rows, picks)
+    add_topk(rows, picks, 8)
+add_topk(9, 3, 2, tiny=True)
 
 
 # -- neurons ----------------------------------------------------------------------------------------------------------

@@ -184,8 +184,9 @@ def test_the_other_ops_are_timed_and_do_what_the_usual_code_does(
     tiny = {entry.op: entry for entry in kernels.ENTRIES if entry.tiny and not entry.op.startswith("greedy")}
     ops = {"sensitivity fd", "sensitivity jvp", "sensitivity frobenius", "lens top-3", "lens rank of 3", "pack"}
     ops |= {"attention CLS", "attention text rows", "neurons top-rho counts", "neurons match", "neurons sparse FFN"}
+    ops |= {"attention CLS logits", "topk"}
     assert set(tiny) == ops
-    for prefix in ("sensitivity", "lens", "pack", "attention", "neurons"):
+    for prefix in ("sensitivity", "lens", "pack", "attention", "topk", "neurons"):
         out = tmp_path / f"{prefix}.csv"
         assert kernels.main(["--tiny", "--ops", prefix, "--out", str(out), "--commit", "abc"]) == 0
         with out.open(encoding="utf-8") as file:
@@ -196,8 +197,15 @@ def test_the_other_ops_are_timed_and_do_what_the_usual_code_does(
     for a, b in zip((packed.hidden, *packed.features, packed.positions, packed.mask), usual, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(*(x.long() for x in found["neurons match"]))
+    picks, usual = found["topk"]
+    assert torch.equal(picks.index.view(usual.shape) - 9 * torch.arange(len(usual))[:, None], usual)
     assert torch.equal(found["lens top-3"][0][1][:, 0], found["lens top-3"][1].indices[:, 0])
-    for op, within in (("attention CLS", 1e-2), ("attention text rows", 1e-2), ("sensitivity frobenius", 5e-2)):
+    for op, within in (
+        ("attention CLS", 1e-2),
+        ("attention CLS logits", 1e-2),
+        ("attention text rows", 1e-2),
+        ("sensitivity frobenius", 5e-2),
+    ):
         ours, naive = (x.float().squeeze(1) if x.ndim == 3 else x.float() for x in found[op])
         torch.testing.assert_close(ours, naive, rtol=within, atol=within)
 

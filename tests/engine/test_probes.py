@@ -223,10 +223,13 @@ def test_ids_and_mask_come_apart_again() -> None:
 def test_a_prompt_on_the_host_is_the_prompt_on_the_device(dtype: torch.dtype) -> None:
     ids = torch.randint(-5, 200_000, (3, 50))
     mask = (torch.rand(3, 50) < 0.7).to(dtype)
-    both = [fetched.fetch(ids.cuda() + i, mask.cuda()) for i in range(2)]  # two at once share no memory
-    for i, prompt in enumerate([*both, fetched.fetch(ids.cuda() + 2, mask.cuda())]):
+    slots = torch.arange(50).expand(3, -1)
+    given = [slots.cuda(), slots.cuda() + 1, slots[:1].cuda()]
+    both = [fetched.fetch(ids.cuda() + i, mask.cuda(), given[i]) for i in range(2)]  # two at once share no memory
+    for i, prompt in enumerate([*both, fetched.fetch(ids.cuda() + 2, mask.cuda(), given[2])]):
         assert prompt is not None and prompt.valid is not None and not prompt.all_valid
         assert (prompt.ids == ids.numpy() + i).all() and (prompt.valid == mask.bool().numpy()).all()
+        assert prompt.positions_are_slots == (i != 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
@@ -243,6 +246,7 @@ def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
 def test_a_mask_that_is_written_to_spoils_no_later_prompt() -> None:
     model = tiny.build("llava")
     inputs = tiny.prompt(model, 1)
+    inputs["use_cache"] = False  # else no mask is passed where it would hide nothing
     with vtprune.apply(model, "norm", keep=0.4):
         expected = model(**inputs).logits
 

@@ -80,6 +80,50 @@ def test_positions_of_the_callers_own_are_computed(monkeypatch: pytest.MonkeyPat
         assert asked and 1024 not in asked and 8192 not in asked
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+@torch.no_grad()
+def test_given_positions_count_whether_or_not_they_are_slots(family: str) -> None:
+    model = tiny.build(family).to(DEVICE)
+    batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    slots = torch.arange(batch["input_ids"].shape[1], device=DEVICE)[None]
+    with vtprune.apply(model, "norm", keep=0.4):
+        expected = model(**batch).logits
+        same = model(**batch, position_ids=slots).logits
+        assert torch.equal(same, expected) == (family != "qwen2_5_vl")  # whose own are those of the picture's grid
+        stretched = model(**batch, position_ids=2 * slots).logits
+        assert not torch.equal(stretched, same)
+        one = slots.clone()
+        one[0, -1] += 1
+        assert not torch.equal(model(**batch, position_ids=one).logits, same)
+
+
+@torch.no_grad()
+def test_padded_batches_and_later_turns_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava").to(DEVICE)
+    batch = tiny.collate(tiny.mixed(model))
+    batch = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    single = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    more = torch.tensor([[5, 6, 7]], device=DEVICE)
+    asked = calls(model.model.language_model.rotary_emb, monkeypatch)
+
+    def all_of_it() -> list[torch.Tensor]:
+        found = [model.generate(**batch, max_new_tokens=4, do_sample=False)]
+        out = model(**single)
+        wide = torch.ones(1, single["input_ids"].shape[1] + 3, dtype=torch.long, device=DEVICE)
+        out = model(input_ids=more, attention_mask=wide, past_key_values=out.past_key_values)
+        return [*found, out.logits]
+
+    with vtprune.apply(model, "norm", keep=0.4, positions="compact"):
+        compact = all_of_it()
+    with vtprune.apply(model, "norm", keep=0.4):
+        plain = all_of_it()
+        assert 1024 in asked
+        monkeypatch.setattr(rotary, "DEVICES", ())
+        assert all(map(torch.equal, plain, all_of_it()))
+    with vtprune.apply(model, "norm", keep=0.4, positions="compact"):
+        assert all(map(torch.equal, compact, all_of_it()))
+
+
 @torch.no_grad()
 def test_a_table_serves_inference_and_training() -> None:
     model = tiny.build("llava").to(DEVICE)
