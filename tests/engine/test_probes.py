@@ -20,7 +20,9 @@ import vtprune
 from vtprune import registry
 from vtprune.engine import fetched
 from vtprune.errors import UnsupportedModelError
-from vtprune.tokens import CLS_ROW, PRE_PROJECTOR, Probe, VisualTokens
+from vtprune.models import find_family
+from vtprune.models.base import cls_row
+from vtprune.tokens import CLS_LOGITS, CLS_ROW, PRE_PROJECTOR, Probe, VisualTokens
 
 CLIP = ("llava", "llava_next")
 
@@ -105,6 +107,46 @@ def test_cls_row_before_the_softmax(family: str) -> None:
         mine = difference[index // 16 == view]
         assert_close(mine, mine[:1].expand_as(mine), 1e-5, f"view {int(view)}")
     assert not torch.equal(got, first_call(records)[None].tokens.probes[CLS_ROW])
+
+
+class Adapter(nn.Module):
+    """What adapters do: they stand in the place of a layer, call it, and add to what it puts out."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + 0.3 * x
+
+
+@pytest.mark.parametrize("family", CLIP)
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+@torch.no_grad()
+def test_a_cls_row_is_made_of_what_the_towers_projections_put_out(family: str, when: str) -> None:
+    model = tiny.build(family)
+    sample = tiny.prompt(model, 2)
+    attention = find_family(model).tower.encoder.layers[-2].self_attn
+    own, ran, given = attention.q_proj, [], []
+    counter = own.register_forward_hook(lambda *_: ran.append(1))
+    if when == "before":
+        attention.q_proj = Adapter(own)
+    with vtprune.apply(model, "test-nosy", keep=0.5, needed=[CLS_LOGITS]), spy("test-nosy") as records:
+        if when == "after":
+            attention.q_proj = Adapter(own)
+
+        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given.append(kwargs.get("hidden_states", *args))
+
+        seer = attention.register_forward_pre_hook(see, with_kwargs=True)
+        model(**sample)
+    counter.remove()
+    seer.remove()
+    assert len(ran) == 1 + (when == "after")  # nothing is computed twice, but where something else stands there now
+    got = first_call(records)[None].tokens.probes[CLS_LOGITS]
+    want = cls_row(attention, given[0], softmax=False).flatten()[raw_index(model, sample)]
+    assert_close(got, want, 1e-5)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in attention.modules())
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

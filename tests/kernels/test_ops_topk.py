@@ -55,10 +55,15 @@ def test_pools_longer_than_one_program(most: int, poison: None, monkeypatch: pyt
     check(drawn(300), (40, 150, 0, 110), (11, 150, 0, 1))
 
 
-def test_longer_ones_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "MOST_ROWS", 15)
-    monkeypatch.setattr(op, "topk", lambda *_: pytest.fail("not reached"))
+@pytest.mark.parametrize(("name", "most"), [("MOST_ROWS", 15), ("MOST_PAIRS", 15 * 15 + 16 * 16 - 1)])
+def test_longer_ones_are_sorted(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: list[int] = []
+    own = op.topk
+    monkeypatch.setattr(op, "topk", lambda *given: reached.append(1) or own(*given))
     check(drawn(31), (15, 16), (4, 5))
+    monkeypatch.setattr(op, name, most)
+    check(drawn(31), (15, 16), (4, 5))
+    assert len(reached) == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -483,10 +483,7 @@ class _Modules:
         self.addresses = [t.data_ptr() for t in self.tensors]
         self.held = [t.data for t in self.tensors]
         self.dtype = next(t.dtype for t in self.tensors if t.is_floating_point())
-        #: What modules have of their own, and their ``forward`` in there: vtprune's, or none.
         self.attributes = [m.__dict__ for m in self.modules]
-        found = [m.__dict__.get("forward") for m in self.modules]
-        self.forwards = [forward if hasattr(forward, OURS) else None for forward in found]
         self.hooks = [hooks for m in self.modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
 
     def trains(self) -> bool:
@@ -500,7 +497,8 @@ class _Modules:
         same = all(map(operator.is_, map(dict.get, self.owners, self.names), self.tensors))
         if not same or list(map(Tensor.data_ptr, self.tensors)) != self.addresses:
             raise Unfit("weights of the model were moved after vtprune was applied; apply it again")
-        if any(map(operator.is_not, map(dict.get, self.attributes, itertools.repeat("forward")), self.forwards)):
+        forwards = {*map(dict.get, self.attributes, itertools.repeat("forward"))}
+        if any(forward is not None and not hasattr(forward, OURS) for forward in forwards):
             raise Unfit("the forward of a module was replaced")
         for hooks in filter(None, self.hooks):
             for key, hook in hooks.items():

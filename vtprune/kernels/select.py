@@ -60,7 +60,7 @@ def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int], backend: st
     if resolve(backend, scores) == "triton":
         from . import topk as kernel
 
-        if max(lens, default=0) <= kernel.MOST_ROWS:
+        if kernel.fits(lens):
             return Picks(*kernel.topk(scores, lens, counts))
     return _in_order(reference.topk(scores, lens, counts))
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from . import reference
 from ._jit import constant, device_of, jit, launch, tl, triton
 
-#: Rows of a pool beyond which sorting is faster.
-MOST_ROWS = 1 << 15
+#: Rows of a pool, and pairs of rows of all pools, beyond which sorting is faster.
+MOST_ROWS, MOST_PAIRS = 1 << 15, 1 << 29
 #: Rows that one program can count for, so that it also knows the order of rows.
 _WHOLE = 1024
-#: Rows of a program of longer pools, and rows that it looks at at once.
-_ROWS, _CHUNK = 64, 64
+#: Rows that such a program looks at at once; rows of a program of longer pools, and rows that this looks at at once.
+_FEW, _ROWS, _CHUNK = 8, 32, 128
 #: Rows that the second launch takes at once.
 _STEP = 4096
 
@@ -49,10 +49,11 @@ def _rank_kernel(  # type: ignore[no-untyped-def]
         return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine = _keys(scores, start, row, n)
-    rank = tl.zeros([ROWS], tl.int32)
+    ahead = tl.zeros([ROWS, CHUNK], tl.int32)  # summed once, at the end: that is what takes long
     for at in range(0, n, CHUNK):
         theirs = _keys(scores, start, at + tl.arange(0, CHUNK), n)
-        rank += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
+        ahead += (theirs[None, :] > mine[:, None]).to(tl.int32)
+    rank = tl.sum(ahead, 1)
     chosen = (row < n) & (rank < k)
     tl.store(order + first + rank, start + row, mask=chosen)
     if WHOLE:
@@ -75,9 +76,13 @@ def _index_kernel(pools, index, kept, STEP: tl.constexpr):  # type: ignore[no-un
         index += tl.sum(here, 0)
 
 
+def fits(lens: Sequence[int]) -> bool:
+    """Whether counting is faster than sorting for pools of these lengths."""
+    return max(lens, default=0) <= MOST_ROWS and sum(n * n for n in lens) <= MOST_PAIRS
+
+
 def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Order and ascending rows of the picks of all pools, with the picks of `reference.topk`; pools have at most
-    `MOST_ROWS` rows."""
+    """Order and ascending rows of the picks of all pools, with the picks of `reference.topk`; see `fits`."""
     reference.check_pools(scores, lens, counts)
     lens, counts, device = tuple(lens), tuple(counts), scores.device
     order = torch.empty(sum(counts), dtype=torch.int64, device=device)
@@ -103,7 +108,7 @@ def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int]) -> tuple[Te
     with device_of(scores):
         launch(
             shape, _rank_kernel, (-(-longest // rows), len(lens)), (scores, pools, order, index, kept),
-            (rows, 16 if whole else _CHUNK, whole), max(4, rows // 64),
+            (rows, _FEW if whole else _CHUNK, whole), max(4, rows // 64),
         )  # fmt: skip
         if not whole:
             launch(shape, _index_kernel, (len(lens),), (pools, index, kept), (_STEP,), 8)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -431,10 +432,14 @@ def cls_row(attention: Any, hidden: Tensor, softmax: bool) -> Tensor:
     Tensor
         ``[N, P]`` fp32, mean over heads.
     """
-    n, length, _ = hidden.shape
-    heads = attention.num_heads
-    query = attention.q_proj(hidden[:, :1]).view(n, 1, heads, -1).transpose(1, 2)
-    key = attention.k_proj(hidden).view(n, length, heads, -1).transpose(1, 2)
+    return _cls_row(attention, attention.q_proj(hidden[:, :1]), attention.k_proj(hidden), softmax)
+
+
+def _cls_row(attention: Any, queries: Tensor, keys: Tensor, softmax: bool) -> Tensor:
+    """`cls_row` from what its projections put out, ``[N, 1 or 1 + P, d]`` and ``[N, 1 + P, d]``."""
+    (n, length, _), heads = keys.shape, attention.num_heads
+    query = queries[:, :1].view(n, 1, heads, -1).transpose(1, 2)
+    key = keys.view(n, length, heads, -1).transpose(1, 2)
     return attention_rows(query, key, scale=attention.scale, softmax=softmax)[:, 0, 1:]
 
 
@@ -470,8 +475,26 @@ class ClipTowerMixin:
         if not self.has_cls or not -len(layers) <= probe.layer < len(layers):
             return None
 
-        def capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            put(probe, lambda: cls_row(module, hidden.detach(), probe.softmax).flatten())
+        attention = layers[probe.layer].self_attn
+        projections, heard = {name: getattr(attention, name) for name in ("q_proj", "k_proj")}, threading.local()
 
-        return [layers[probe.layer].self_attn.register_forward_pre_hook(capture, with_kwargs=True)]
+        def keep(name: str, module: Any, args: tuple[Any, ...], out: Tensor) -> None:
+            setattr(heard, name, out.detach())
+
+        def capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            rows = [heard.__dict__.pop(name, None) for name in projections]
+            # An adapter that was put on later stands in the place of a projection, and may call it.
+            own = all(getattr(module, name) is projection for name, projection in projections.items())
+
+            def value() -> Tensor:
+                if own and rows[0] is not None and rows[1] is not None:
+                    return _cls_row(module, rows[0], rows[1], probe.softmax).flatten()
+                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                return cls_row(module, hidden.detach(), probe.softmax).flatten()
+
+            put(probe, value)
+
+        return [
+            *(part.register_forward_hook(functools.partial(keep, name)) for name, part in projections.items()),
+            attention.register_forward_hook(capture, with_kwargs=True),
+        ]
