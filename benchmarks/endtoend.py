@@ -167,7 +167,7 @@ class Preset:
 
 
 PRESETS = {
-    "llava": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", others=True, seconds=25, turns=150),
+    "llava": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", others=True, seconds=25, turns=300),
     "llava-batch": Preset(
         "llava-1.5-7b", Case(8, None, 64), 1 / 9, "1/9", graphs=False, neighbours=(), seconds=8, turns=60
     ),

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -137,11 +140,17 @@ def test_a_table_serves_inference_and_training() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_kinds_that_depend_on_the_length_are_left_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.build("llava")
-    monkeypatch.setattr(model.model.language_model.rotary_emb, "rope_type", kind)
+@torch.no_grad()
+def test_kinds_that_depend_on_the_length_are_computed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava").to(DEVICE)
+    batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    module = model.model.language_model.rotary_emb
+    asked = calls(module, monkeypatch)
     with vtprune.apply(model, "norm", keep=0.4):
-        assert "forward" not in model.model.language_model.rotary_emb.__dict__
+        monkeypatch.setattr(module, "rope_type", kind)
+        with contextlib.suppress(AttributeError, KeyError):  # a default one lacks what such a kind needs
+            model(**batch)
+    assert asked and 1024 not in asked
 
 
 def test_a_forward_that_somebody_replaced_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +167,50 @@ def test_a_forward_that_somebody_replaced_stays(monkeypatch: pytest.MonkeyPatch)
     assert module.__dict__["forward"] is later
 
 
+def test_a_wrapper_that_was_left_behind_does_what_the_module_does() -> None:
+    """As accelerate leaves it, when its hook is put on after vtprune and taken off after it."""
+    model = tiny.build("llava")
+    module = model.model.language_model.rotary_emb
+    with vtprune.apply(model, "norm", keep=0.4):
+        left = module.__dict__.pop("forward")
+    module.forward = left
+    x, slots = torch.zeros(1, 5, 8), torch.arange(5)[None]
+    twin = copy.deepcopy(module)
+    assert twin.__dict__["forward"].__self__ is twin
+    twin.inv_freq.mul_(2.0)
+    assert not torch.equal(twin(x, slots)[0], module(x, slots)[0])
+    own = type(module).forward(module, x, slots)
+    assert all(map(torch.equal, module(x, slots), own))
+    with vtprune.apply(model, "norm", keep=0.4):
+        assert module.__dict__["forward"] is not left
+    assert "forward" not in module.__dict__
+
+
+def test_only_the_wrapper_itself_counts_as_vtprunes() -> None:
+    model = tiny.build("llava")
+    module = model.model.language_model.rotary_emb
+    with vtprune.apply(model, "norm", keep=0.4):
+        wrapper = module.forward
+        assert rotary.ours(wrapper)
+
+        @functools.wraps(wrapper)
+        def other(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(*args, **kwargs)
+
+        assert not rotary.ours(other) and not rotary.ours(functools.partial(wrapper)) and not rotary.ours(None)
+
+
+@torch.no_grad()
+def test_no_table_where_matrix_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava").to(DEVICE)
+    batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    asked = calls(model.model.language_model.rotary_emb, monkeypatch)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    with vtprune.apply(model, "norm", keep=0.4):
+        model(**batch)
+    assert asked and 1024 not in asked
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reach", [3, 640, 1024, 3000, 30000])
@@ -171,5 +224,5 @@ def test_rows_of_the_table_are_those_of_the_module(dtype: torch.dtype, reach: in
     for rows in (1, 7, min(reach, 500)):
         places = torch.randperm(reach, generator=generator)[:rows].sort().values.cuda()[None]
         own = module(x, places)
-        for mine, theirs in zip(table._table(module.forward, x, reach), own, strict=True):
+        for mine, theirs in zip(table._table(x, reach), own, strict=True):
             assert torch.equal(mine[places[0]], theirs[0])

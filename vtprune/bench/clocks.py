@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..engine.attach import engine_of
 from ..models import find_family
 
-WARM_UP, MIN_RUNS, MAX_RUNS = 4, 10, 150
+WARM_UP, MIN_RUNS, MAX_RUNS = 4, 10, 300
 
 
 class Clock:
@@ -130,13 +130,15 @@ def read(marks: dict[str, Any], start: Any, end: Any, clock: Clock) -> dict[str,
 def no_collection() -> Iterator[None]:
     """Within this block Python looks for no cycles by itself, which takes milliseconds now and then; what is there at
     its beginning is left out when someone asks for it."""
-    was_on = gc.isenabled()
-    gc.freeze()
+    was_on, frozen = gc.isenabled(), gc.get_freeze_count()
+    if not frozen:  # else somebody did so before, and thawing would undo that
+        gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if was_on:
             gc.enable()
 

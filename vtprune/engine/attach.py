@@ -496,6 +496,7 @@ class Engine:
             prompt_length=state.prompt_length + queries,
             next_original=next_original,
             next_position=next_position,
+            known=state.known and (valid is None or queries > 1),
             reach=None if state.reach is None else state.reach + queries,
         )
         call.set_sequence(kw, embeds, positions.expand(3, -1, -1) if state.mrope else positions)

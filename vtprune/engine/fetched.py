@@ -129,7 +129,7 @@ def fetch(ids: Tensor | None, mask: Any, positions: Any = None) -> Fetched | Non
     if ids is None or ids.ndim != 2:
         return None
     plain = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == ids.shape[1]
-    positions = positions if plain and positions.device == ids.device else None
+    positions = positions if plain and positions.device == ids.device and not positions.is_floating_point() else None
     if mask is None:
         return Fetched(ids, None, positions)
     if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:

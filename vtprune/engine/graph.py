@@ -48,7 +48,7 @@ from .decoder import (
 from .layout import BatchLayout, Placed
 from .probes import probes_of
 from .replay import Captured, Shelf, Unfit, copied
-from .rotary import OURS
+from .rotary import ours
 
 if TYPE_CHECKING:
     from .call import Call, Job
@@ -498,7 +498,7 @@ class _Modules:
         if not same or list(map(Tensor.data_ptr, self.tensors)) != self.addresses:
             raise Unfit("weights of the model were moved after vtprune was applied; apply it again")
         forwards = {*map(dict.get, self.attributes, itertools.repeat("forward"))}
-        if any(forward is not None and not hasattr(forward, OURS) for forward in forwards):
+        if any(forward is not None and not ours(forward) for forward in forwards):
             raise Unfit("the forward of a module was replaced")
         for hooks in filter(None, self.hooks):
             for key, hook in hooks.items():

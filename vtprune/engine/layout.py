@@ -87,13 +87,6 @@ class BatchLayout:
         return Placed(*constant(("rows",), device, make, self.made))
 
     @functools.cached_property
-    def start(self) -> int | None:
-        """Where the visual tokens start, if they follow one another in the prompt, as those of one picture often do."""
-        first = int(self.position[0]) if len(self.position) else 0
-        together = (self.position == np.arange(first, first + len(self.position))).all()
-        return first if together else None
-
-    @functools.cached_property
     def end(self) -> int:
         """The largest of `last`; -1 without a placeholder."""
         return int(self.last.max(initial=-1))

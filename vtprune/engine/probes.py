@@ -330,14 +330,8 @@ def probes_of(call: Call, layout: BatchLayout) -> dict[Probe, Tensor]:
 def tokens_of(family: Family, call: Call, layout: BatchLayout, embeds: Tensor, placed: Placed) -> VisualTokens:
     """What a pruner sees of the prompt ``embeds [B, L, D]``; `placed` is the layout on its device."""
     device, probes = embeds.device, probes_of(call, layout)
-    flat = embeds.detach().reshape(-1, embeds.shape[-1])
-    # A view where that will do; elsewhere in memory products may round in another way, unless rows start alike.
-    if layout.start is not None and flat.stride(0) * flat.element_size() % 256 == 0:
-        features = flat[layout.start : layout.start + len(layout.position)]
-    else:
-        features = flat.index_select(0, placed.position)
     tokens = VisualTokens(
-        features=features,
+        features=embeds.detach().reshape(-1, embeds.shape[-1]).index_select(0, placed.position),
         seqlens=layout.seqlens,
         source=placed.source,
         coords=placed.coords,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ from ..kernels._jit import Constants, constant
 if TYPE_CHECKING:
     from .call import Call
 
-#: Attribute of a ``forward`` that does the same as the module's own, so that a graph may stand for it.
-OURS = "_vtprune_same"
+#: Attribute of a function that does the same as the ``forward`` of a module: itself, so that no copy of it counts.
+_OURS = "_vtprune_same"
 #: Where a function of a number does not depend on where that stands in its tensor, as it may on a CPU.
 DEVICES = ("cuda",)
 #: Positions beyond which a table would take more memory than it is worth.
@@ -32,6 +33,12 @@ def depends_on_length(module: Any) -> str:
     """The kind of a rotary embedding whose value at one position depends on the others; empty for all others."""
     kind = str(getattr(module, "rope_type", "default"))
     return kind if "dynamic" in kind or "longrope" in kind else ""
+
+
+def ours(forward: Any) -> bool:
+    """Whether a module's own ``forward`` is one of these, so that a graph may stand for it."""
+    function = getattr(forward, "__func__", None)
+    return function is not None and getattr(function, _OURS, None) is function
 
 
 class RotaryTable:
@@ -49,47 +56,57 @@ class RotaryTable:
         self.module, self.current = module, current
         self.wrapper: Any = None
         self.tables: Constants = {}
-        self.made_of: Any = None
+        self.made_of: tuple[Any, ...] = ()
 
     def attach(self) -> None:
         module = self.module
         takes = list(inspect.signature(type(module).forward).parameters)[1:]
         known = type(module).__module__.startswith("transformers.") and takes == ["x", "position_ids"]
-        if not known or depends_on_length(module) or "forward" in module.__dict__ or not hasattr(module, "inv_freq"):
+        free = "forward" not in module.__dict__ or ours(module.__dict__["forward"])
+        if not known or not free or not hasattr(module, "inv_freq"):
             return
-        original = module.forward
 
-        @functools.wraps(original)
-        def forward(x: Tensor, position_ids: Tensor) -> Any:
-            call = self.current()
+        # Bound to its module as the class's own is, so that a copy of the module has one of its own.
+        @functools.wraps(type(module).forward)
+        def forward(module: Any, x: Tensor, position_ids: Tensor) -> Any:
+            call = self.current() if module is self.module and self.wrapper is not None else None
             reach = None if call is None or call.reach is None or call.reach[0] is not position_ids else call.reach[1]
-            here = x.device.type in DEVICES and x.device == position_ids.device
-            if reach is None or reach > MOST_POSITIONS or not here:
-                return original(x, position_ids)
+            if reach is None or not self._can(x, position_ids, reach):
+                return type(module).forward(module, x, position_ids)
             rows, shape = position_ids.reshape(-1), (*position_ids.shape, -1)
-            return tuple(table.index_select(0, rows).view(shape) for table in self._table(original, x, reach))
+            return tuple(table.index_select(0, rows).view(shape) for table in self._table(x, reach))
 
-        setattr(forward, OURS, True)
-        module.forward = self.wrapper = forward
+        setattr(forward, _OURS, forward)
+        self.wrapper = module.__dict__["forward"] = types.MethodType(forward, module)
 
     def detach(self) -> None:
         if self.wrapper is not None and self.module.__dict__.get("forward") is self.wrapper:
             del self.module.__dict__["forward"]
-        self.wrapper = None
+        self.wrapper, self.made_of = None, ()
         self.tables.clear()
 
-    def _table(self, original: Callable[..., Any], x: Tensor, reach: int) -> tuple[Tensor, ...]:
+    def _can(self, x: Tensor, positions: Tensor, reach: int) -> bool:
+        module: Any = self.module
+        here = x.device.type in DEVICES and x.device == positions.device and reach <= MOST_POSITIONS
+        if not here or depends_on_length(module) or module.inv_freq.is_inference():  # whose changes are not counted
+            return False
+        try:  # older transformers multiply matrices, whose rounding may then depend on their shape
+            return torch.get_float32_matmul_precision() == "highest"
+        except RuntimeError:  # it was set in two ways
+            return False
+
+    def _table(self, x: Tensor, reach: int) -> tuple[Tensor, ...]:
         """Cosines and sines of at least the first `reach` positions, ``[n, d]`` each."""
-        frequencies: Any = self.module.inv_freq
-        version = 0 if frequencies.is_inference() else frequencies._version
-        made_of = frequencies.data_ptr(), version, getattr(self.module, "attention_scaling", None)
-        if made_of != self.made_of:
+        module: Any = self.module
+        frequencies = module.inv_freq
+        made_of = frequencies, frequencies.data_ptr(), frequencies._version, getattr(module, "attention_scaling", None)
+        if not self.made_of or made_of[0] is not self.made_of[0] or made_of[1:] != self.made_of[1:]:
             self.tables.clear()
             self.made_of = made_of
         n = 1 << max(10, (reach - 1).bit_length())
 
         def make() -> tuple[Tensor, ...]:
-            found = original(x, torch.arange(n, device=x.device)[None])
+            found = type(module).forward(module, x, torch.arange(n, device=x.device)[None])
             return tuple(part[0].contiguous() for part in found)
 
         return constant(("rotary", n, x.dtype), x.device, make, self.tables)
