@@ -349,10 +349,19 @@ class Table:
                 stay = [
                     row for row in csv.DictReader(file) if row["preset"] not in presets and set(row) == set(columns)
                 ]
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns)
+        self._write(stay)
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        with self.path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(stay)
+            writer.writerows(rows)
+
+    def sort(self) -> None:
+        """Put presets in their order, whichever were measured last."""
+        with self.path.open(encoding="utf-8", newline="") as file:
+            rows = [*csv.DictReader(file)]
+        self._write(sorted(rows, key=lambda row: ORDER.index(row["preset"])))
 
     def add(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8", newline="") as file:
@@ -420,6 +429,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     with registered():
         complete = run(names, options, on_gpu, rows_file, targets_file, written)
+    rows_file.sort()
+    targets_file.sort()
     print(rows_file.path, targets_file.path, sep="\n")
     return 0 if complete else 1
 

@@ -221,8 +221,8 @@ def test_endtoend_keeps_rows_of_other_presets(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(endtoend, "PRESETS", endtoend.PRESETS | few)
     run = ["--tiny", "--out", str(tmp_path), "--commit", "abc", "--only"]
     before = set(vtprune.methods())
-    assert endtoend.main([*run, "llava-batch"]) == 0
     assert endtoend.main([*run, "globalcom2", "variants"]) == 0
+    assert endtoend.main([*run, "llava-batch"]) == 0
     assert set(vtprune.methods()) == before
     lines, found = table(tmp_path / "endtoend-cpu.csv"), table(tmp_path / "endtoend-targets-cpu.csv")
     kinds = ["dense", "ideal", *endtoend.HELD_TO]
@@ -232,6 +232,7 @@ def test_endtoend_keeps_rows_of_other_presets(tmp_path: Path, monkeypatch: pytes
         f"grid, graph {how}" for how in ("as it is", "fused", "fused, tuned")
     ]
     assert {r["commit"] for r in lines} == {"abc"}
+    assert [*dict.fromkeys(r["preset"] for r in lines)] == ["llava-batch", "variants", "globalcom2"]
     exact = [t for t in found if t["what"].startswith("KV bytes")]
     assert len(exact) == len(endtoend.HELD_TO) and all(t["met"] == "True" for t in exact)
 

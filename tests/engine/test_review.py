@@ -174,8 +174,8 @@ def test_probes_that_nobody_wants_are_not_computed(monkeypatch: pytest.MonkeyPat
 
     model = tiny.build("llava")
     calls: list[bool] = []
-    original = base.cls_row
-    monkeypatch.setattr(base, "cls_row", lambda *a: calls.append(a[2]) or original(*a))
+    original = base._cls_row
+    monkeypatch.setattr(base, "_cls_row", lambda *a: calls.append(a[3]) or original(*a))
     vtprune.apply(model, "idpruner", importance="cls", keep=KEEP)
     model(**tiny.prompt(model, 1))
     assert calls == [True]
