@@ -40,10 +40,11 @@ def test_prompts_without_padding_need_none(family: str) -> None:
         hook.remove()
 
 
+@pytest.mark.parametrize("method", ["norm", "fastv", "visual-exit"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @torch.no_grad()
-def test_a_token_that_is_masked_while_decoding_stays_masked(family: str) -> None:
-    """A loop over a batch masks what it appends to a row that is done; nobody reads that mask on the host."""
+def test_a_token_that_is_masked_while_decoding_stays_masked(family: str, method: str) -> None:
+    """A loop over a batch masks what it appends to a row that is done."""
     model = tiny.build(family)
     inputs = tiny.prompt(model, 1)
     inputs = {k: torch.cat([v, v]) if k != "pixel_values" or v.ndim > 2 else v.repeat(2, 1) for k, v in inputs.items()}
@@ -58,5 +59,5 @@ def test_a_token_that_is_masked_while_decoding_stays_masked(family: str) -> None
             out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)
         return out.logits
 
-    with vtprune.apply(model, "norm", keep=0.4):
+    with vtprune.apply(model, method, **({} if method == "visual-exit" else {"keep": 0.4})):
         assert torch.equal(last(7), last(11))

@@ -150,6 +150,29 @@ def test_a_cls_row_is_made_of_what_the_towers_projections_put_out(family: str, w
     assert all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in left), left
 
 
+@pytest.mark.parametrize("what", ["attention", "its forward", "a hook", "nothing"])
+@torch.no_grad()
+def test_a_cls_row_is_of_its_own_picture_whatever_was_done_to_the_attention(what: str) -> None:
+    model = tiny.build("llava")
+    layer = find_family(model).tower.encoder.layers[-2]
+    attention, given = layer.self_attn, []
+    samples = [tiny.prompt(model, n, seed) for n, seed in ((1, 0), (2, 1), (1, 2), (1, 3))]
+    with vtprune.apply(model, "test-nosy", keep=0.5, needed=[CLS_LOGITS]), spy("test-nosy") as records:
+        if what == "attention":
+            attention.compile(backend="eager")
+        elif what == "its forward":
+            attention.forward = torch.compile(attention.forward, backend="eager")
+        elif what == "a hook":
+            attention.q_proj.register_forward_hook(lambda module, args, out: out * 3 + 1)
+        layer.layer_norm1.register_forward_hook(lambda module, args, out: given.append(out))
+        for sample in samples:
+            attention.k_proj(torch.ones(1, 17, attention.k_proj.in_features))  # what others ask of it does not count
+            model(**sample)
+    for sample, hidden, record in zip(samples, given, records, strict=True):
+        want = cls_row(attention, hidden, softmax=False).flatten()[raw_index(model, sample)]
+        assert_close(record.tokens.probes[CLS_LOGITS], want, 1e-5)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.no_grad()
 def test_projecting_the_captured_rows_gives_the_features(family: str) -> None:

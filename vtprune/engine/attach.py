@@ -483,7 +483,8 @@ class Engine:
                 f"the pruned cache belongs to a batch of {state.next_original.shape[0]}, but {batch} rows came; start "
                 "with a new cache"
             )
-        all_valid = valid is None or queries == 1 or bool(valid.all())
+        # The one wait of a step with a mask: where it hides nothing the model gets none, and does not look itself.
+        all_valid = valid is None or bool(valid.all())
         new = pos.all_valid(batch, queries, embeds.device) if valid is None else valid
         original, next_original = pos.advance(state.next_original, new)
         positions, next_position = pos.advance(state.next_position, new)
@@ -496,7 +497,6 @@ class Engine:
             prompt_length=state.prompt_length + queries,
             next_original=next_original,
             next_position=next_position,
-            known=state.known and (valid is None or queries > 1),
             reach=None if state.reach is None else state.reach + queries,
         )
         call.set_sequence(kw, embeds, positions.expand(3, -1, -1) if state.mrope else positions)

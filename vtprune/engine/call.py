@@ -264,8 +264,7 @@ class Call:
         batch, queries, _ = embeds.shape
         kw["inputs_embeds"] = embeds
         cached = kw.get("past_key_values") is not None or bool(kw.get("use_cache"))
-        hides = not (self.state.full[0] and self.state.known)
-        kw["attention_mask"] = self.state.masks[0].long() if hides or not cached else None
+        kw["attention_mask"] = None if cached and self.state.full[0] else self.state.masks[0].long()
         if positions.ndim == 3:
             kw["position_ids"] = pos.with_text_row(positions, self.past)
         else:

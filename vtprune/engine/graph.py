@@ -497,8 +497,8 @@ class _Modules:
         same = all(map(operator.is_, map(dict.get, self.owners, self.names), self.tensors))
         if not same or list(map(Tensor.data_ptr, self.tensors)) != self.addresses:
             raise Unfit("weights of the model were moved after vtprune was applied; apply it again")
-        forwards = {*map(dict.get, self.attributes, itertools.repeat("forward"))}
-        if any(forward is not None and not ours(forward) for forward in forwards):
+        forwards = filter(None, map(dict.get, self.attributes, itertools.repeat("forward")))
+        if not all(map(ours, forwards)):
             raise Unfit("the forward of a module was replaced")
         for hooks in filter(None, self.hooks):
             for key, hook in hooks.items():

@@ -39,7 +39,7 @@ class CacheState:
         First layer of a group -> ``[B, kv]`` bool, which slots of that group's cache hold tokens (not padding). Key 0
         always exists; later keys are layers where tokens were dropped inside the language model.
     full : dict of int to bool
-        Whether that mask is all True, as a host value; of a single new row with a mask it is taken for granted.
+        Whether that mask is all True, as a host value.
     length
         Cache length (layer 0) when this state was made.
     floor
@@ -52,8 +52,6 @@ class CacheState:
         ``[B]`` int64 position that the next token gets; differs with ``positions="compact"``.
     mrope
         Whether positions are triples.
-    known
-        Whether nothing in `full` was taken for granted.
     reach
         A number that the host knows to lie above all positions so far; None where it knows none.
     """
@@ -66,7 +64,6 @@ class CacheState:
     next_original: Tensor
     next_position: Tensor
     mrope: bool
-    known: bool = True
     reach: int | None = None
     home: Home | None = None
 

@@ -256,7 +256,6 @@ def prune_prompt(
         next_original=next_original,
         next_position=next_position,
         mrope=family.mrope,
-        known=before is None or before.known,
         reach=length if positions is None else None,
     )
     call.set_sequence(kw, rows_left, packed_positions)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encoder's side: what a pruner asked for is captured while it runs, and turned into `VisualTokens`.
 
-No attention map is ever asked of the model: a CLS row is recomputed from one query row, in the encoder's own modules.
+No attention map is ever asked of the model: a CLS row is one product of what the tower's own projections put out.
 """
 
 from __future__ import annotations

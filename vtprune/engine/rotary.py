@@ -96,7 +96,8 @@ class RotaryTable:
             return False
 
     def _table(self, x: Tensor, reach: int) -> tuple[Tensor, ...]:
-        """Cosines and sines of at least the first `reach` positions, ``[n, d]`` each."""
+        """Cosines and sines of at least the first `reach` positions, ``[n, d]`` each; of the frequencies as they were
+        when it was made, if they are changed through ``.data`` since."""
         module: Any = self.module
         frequencies = module.inv_freq
         made_of = frequencies, frequencies.data_ptr(), frequencies._version, getattr(module, "attention_scaling", None)

@@ -443,6 +443,18 @@ def _cls_row(attention: Any, queries: Tensor, keys: Tensor, softmax: bool) -> Te
     return attention_rows(query, key, scale=attention.scale, softmax=softmax)[:, 0, 1:]
 
 
+def _keep(heard: threading.local, name: str, module: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """A hook: note what a projection puts out. Dynamo does not trace such notes right."""
+    if not torch.compiler.is_compiling():
+        heard.__dict__[name] = out.detach()
+
+
+def _keeps_last(projection: Any) -> bool:
+    """Whether no hook changes what the projection puts out after `_keep` noted it."""
+    last = next(reversed(projection._forward_hooks.values()), None)
+    return isinstance(last, functools.partial) and last.func is _keep
+
+
 class ClipTowerMixin:
     """The encoder half that LLaVA and LLaVA-NeXT share: a CLIP-type tower with a CLS token, or SigLIP without."""
 
@@ -478,23 +490,30 @@ class ClipTowerMixin:
         attention = layers[probe.layer].self_attn
         projections, heard = {name: getattr(attention, name) for name in ("q_proj", "k_proj")}, threading.local()
 
-        def keep(name: str, module: Any, args: tuple[Any, ...], out: Tensor) -> None:
-            setattr(heard, name, out.detach())
+        def forget(*_: Any) -> None:
+            """What a forward that failed, or a call of a projection by itself, left behind."""
+            if not torch.compiler.is_compiling():
+                heard.__dict__.clear()
 
         def capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            rows = [heard.__dict__.pop(name, None) for name in projections]
-            # An adapter that was put on later stands in the place of a projection, and may call it.
-            own = all(getattr(module, name) is projection for name, projection in projections.items())
+            rows = {} if torch.compiler.is_compiling() else dict(heard.__dict__)
+            forget()
+            # An adapter that was put on later stands in the place of a projection, a hook changes what it puts out.
+            own = all(getattr(module, name) is part and _keeps_last(part) for name, part in projections.items())
 
             def value() -> Tensor:
-                if own and rows[0] is not None and rows[1] is not None:
-                    return _cls_row(module, rows[0], rows[1], probe.softmax).flatten()
+                if own and rows.keys() == projections.keys():
+                    return _cls_row(module, rows["q_proj"], rows["k_proj"], probe.softmax).flatten()
                 hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                return cls_row(module, hidden.detach(), probe.softmax).flatten()
+                row = cls_row(module, hidden.detach(), probe.softmax).flatten()
+                forget()  # its projections were heard as well
+                return row
 
             put(probe, value)
 
+        keep = functools.partial(functools.partial, _keep, heard)
         return [
-            *(part.register_forward_hook(functools.partial(keep, name)) for name, part in projections.items()),
+            *(part.register_forward_hook(keep(name)) for name, part in projections.items()),
+            attention.register_forward_pre_hook(forget),
             attention.register_forward_hook(capture, with_kwargs=True),
         ]
