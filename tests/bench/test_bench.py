@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -295,3 +296,18 @@ def test_decoding_is_timed_at_lengths_that_were_met_before() -> None:
 
     assert clocks.decode_ms(torch.device("cpu"), lambda: [7], step, 3) < 25
     assert planned == {8, 9, 10, 11}
+
+
+def test_nobody_collects_while_runs_are_timed_and_all_is_as_it_was_afterwards() -> None:
+    was_on, frozen = gc.isenabled(), gc.get_freeze_count()
+    try:
+        for on in (True, False):
+            (gc.enable if on else gc.disable)()
+            with clocks.no_collection():
+                assert not gc.isenabled() and gc.get_freeze_count() > 0
+                with clocks.no_collection():
+                    pass
+                assert not gc.isenabled() and gc.get_freeze_count() > 0  # the inner block undoes nothing of the outer
+            assert gc.isenabled() == on and gc.get_freeze_count() == frozen
+    finally:
+        (gc.enable if was_on else gc.disable)()

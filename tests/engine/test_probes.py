@@ -298,6 +298,17 @@ def test_a_prompt_on_the_host_is_the_prompt_on_the_device(dtype: torch.dtype) ->
         assert prompt.positions_are_slots == (i != 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_positions_of_any_dtype(dtype: torch.dtype) -> None:
+    model = tiny.build("llava")
+    inputs = tiny.prompt(model, 1)
+    slots = torch.arange(inputs["input_ids"].shape[1])[None]
+    with vtprune.apply(model, "norm", keep=0.4):
+        expected = model(**inputs, position_ids=slots).logits
+        assert_close(model(**inputs, position_ids=slots.to(dtype)).logits, expected, FP32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_masks_of_any_dtype(dtype: torch.dtype) -> None:

@@ -201,6 +201,19 @@ def test_only_the_wrapper_itself_counts_as_vtprunes() -> None:
 
 
 @torch.no_grad()
+def test_frequencies_whose_changes_are_not_counted_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava").to(DEVICE)
+    batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    module = model.model.language_model.rotary_emb
+    asked = calls(module, monkeypatch)
+    with torch.inference_mode():
+        module.inv_freq = module.inv_freq.clone()
+        with vtprune.apply(model, "norm", keep=0.4):
+            model(**batch)
+    assert asked and 1024 not in asked
+
+
+@torch.no_grad()
 def test_no_table_where_matrix_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llava").to(DEVICE)
     batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}

@@ -15,8 +15,8 @@ from torch import Tensor
 from . import reference
 from ._jit import constant, device_of, jit, launch, tl, triton
 
-#: Rows of a pool, and pairs of rows of all pools, beyond which sorting is faster.
-MOST_ROWS, MOST_PAIRS = 1 << 15, 1 << 29
+#: Pairs of rows, in all pools together, beyond which two sorts may be faster; see docs/kernels.md.
+MOST_PAIRS = 1 << 26
 #: Pools that a grid can have.
 MOST_POOLS = (1 << 16) - 1
 #: Rows that one program can count for, so that it also knows the order of rows.
@@ -80,7 +80,7 @@ def _index_kernel(pools, index, kept, STEP: tl.constexpr):  # type: ignore[no-un
 
 def fits(lens: Sequence[int]) -> bool:
     """Whether counting is faster than sorting for pools of these lengths."""
-    return max(lens, default=0) <= MOST_ROWS and sum(n * n for n in lens) <= MOST_PAIRS and len(lens) <= MOST_POOLS
+    return sum(n * n for n in lens) <= MOST_PAIRS and len(lens) <= MOST_POOLS
 
 
 def topk(scores: Tensor, lens: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
