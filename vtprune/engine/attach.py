@@ -38,6 +38,7 @@ from . import positions as pos
 from .call import Call, Encoded, Job
 from .entry import hold_back
 from .fetched import Fetched, fetch
+from .first_rows import release
 from .graph import PrefillGraphs
 from .layers import enter_layer, prune_cache
 from .prefill import Prompt, prune_prompt, unpack
@@ -333,6 +334,8 @@ class Engine:
         return (), kw
 
     def _leave(self, *_: Any) -> None:
+        if self.local.call is not None:
+            release(self.local.call.first_rows)
         self.local.call = None
         self.tap.collect_into(None)
 

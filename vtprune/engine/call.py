@@ -183,6 +183,8 @@ class Call:
         How parts of the model ran, where `PruneConfig.compile` asked for graphs.
     entered
         The text model was called.
+    first_rows
+        Layers of the cache that keep the first rows they get; see `first_rows`.
     """
 
     job: Job | None
@@ -212,6 +214,7 @@ class Call:
     watched: bool = False
     compiled: dict[str, str] = field(default_factory=dict)
     entered: bool = False
+    first_rows: list[Any] = field(default_factory=list)
     # Few look at these, and they take a handful of launches: they may be given as what makes them.
     _tokens: VisualTokens | Callable[[], VisualTokens] | None = None
     _slots: Tensor | Callable[[], Tensor] | None = None

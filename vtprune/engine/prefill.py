@@ -19,6 +19,7 @@ from ..kernels.pack import by_counting, gather_rows, kept_slots
 from ..models.base import Family
 from . import early
 from . import positions as pos
+from .first_rows import take_first_rows
 from .layout import Placed
 from .report import Trace
 
@@ -259,6 +260,8 @@ def prune_prompt(
         reach=length if positions is None else None,
     )
     call.set_sequence(kw, rows_left, packed_positions)
+    if before is None and not call.past:
+        call.first_rows = take_first_rows(family.lm, kw)
 
 
 def joined(past: Tensor, new: Tensor) -> Tensor:
