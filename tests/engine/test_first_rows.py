@@ -26,9 +26,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model_and_prompt(family: str = "llava", pictures: int = 1) -> tuple[nn.Module, dict[str, Any]]:
-    model = tiny.build(family).to(DEVICE)
+    model = tiny.build(family)
     batch = tiny.prompt(model, pictures)
-    return model, {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return model.to(DEVICE), {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -109,8 +109,9 @@ def test_a_decoder_of_real_width_gives_the_same_bits(
 
 @torch.no_grad()
 def test_generation_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.build("llava").to(DEVICE)
+    model = tiny.build("llava")
     batch = tiny.collate(tiny.mixed(model))
+    model = model.to(DEVICE)
     batch = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in batch.items()}
     ways: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}]
 

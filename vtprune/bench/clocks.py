@@ -128,17 +128,12 @@ def read(marks: dict[str, Any], start: Any, end: Any, clock: Clock) -> dict[str,
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Within this block Python looks for no cycles by itself, which takes milliseconds now and then; what is there at
-    its beginning is left out when someone asks for it."""
-    was_on, frozen = gc.isenabled(), gc.get_freeze_count()
-    if not frozen:  # else somebody did so before, and thawing would undo that
-        gc.freeze()
+    """Within this block Python looks for no cycles by itself, which takes milliseconds now and then."""
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if not frozen:
-            gc.unfreeze()
         if was_on:
             gc.enable()
 
@@ -151,7 +146,7 @@ def timed_runs(model: nn.Module, call: Callable[[], object], times: Times, count
             call()
         for _ in range(count):
             marks["score"].clear()
-            gc.collect()  # between two runs, so that none holds what another left
+            gc.collect(1)  # between two runs, so that none holds what another left; what is old takes long to look at
             clock.wait()
             start = clock.mark()
             call()

@@ -69,6 +69,8 @@ class RotaryTable:
         # Bound to its module as the class's own is, so that a copy of the module has one of its own.
         @functools.wraps(type(module).forward)
         def forward(module: Any, x: Tensor, position_ids: Tensor) -> Any:
+            if torch.compiler.is_compiling():  # a graph would be bound to the call that it was made of
+                return type(module).forward(module, x, position_ids)
             call = self.current() if module is self.module and self.wrapper is not None else None
             reach = None if call is None or call.reach is None or call.reach[0] is not position_ids else call.reach[1]
             if reach is None or not self._can(x, position_ids, reach):
