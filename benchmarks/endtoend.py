@@ -167,7 +167,7 @@ class Preset:
 
 
 PRESETS = {
-    "llava": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", others=True, seconds=25, turns=300),
+    "llava": Preset("llava-1.5-7b", Case(1, None, 64), 1 / 9, "1/9", others=True, seconds=25, turns=200),
     "llava-batch": Preset(
         "llava-1.5-7b", Case(8, None, 64), 1 / 9, "1/9", graphs=False, neighbours=(), seconds=8, turns=60
     ),
@@ -383,7 +383,8 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
         on_cpu = find_family(model).model.device.type == "cpu"
         turns = [line for line in eager if on_cpu or line.method in ("dense", "ideal", *preset.methods)]
         alone = [[line] for line in eager if line not in turns]
-        batches = [turns, *alone, [line for line in lines if line.compile]]
+        graphs = [line for line in lines if line.compile]
+        batches = [turns, *alone, graphs]
         for batch in filter(None, batches):
             if time.perf_counter() > stop_at:
                 print(f"NO TIME LEFT for {name} {label} {[line.method for line in batch]}", file=sys.stderr)
@@ -391,7 +392,7 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
                 continue
             seconds = preset.seconds * len(batch) / len(lines)
             try:
-                runs = max(preset.turns, preset.min_runs) if batch is turns else preset.min_runs
+                runs = max(preset.turns, preset.min_runs) if batch in (turns, graphs) else preset.min_runs
                 measured = bench.measure(
                     model, preset.model, preset.case, batch, seconds=seconds, min_runs=runs, **given
                 )
