@@ -86,8 +86,9 @@ def test_positions_of_the_callers_own_are_computed(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 @torch.no_grad()
 def test_given_positions_count_whether_or_not_they_are_slots(family: str) -> None:
-    model = tiny.build(family).to(DEVICE)
+    model = tiny.build(family)
     batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    model = model.to(DEVICE)
     slots = torch.arange(batch["input_ids"].shape[1], device=DEVICE)[None]
     with vtprune.apply(model, "norm", keep=0.4):
         expected = model(**batch).logits
