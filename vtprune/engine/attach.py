@@ -65,13 +65,14 @@ def force_pack() -> Iterator[None]:
 
 
 class _Local(threading.local):
-    call: Call | None = None
-    labels: Tensor | None = None
-    ahead: int = 0
-    encode: frozenset[Probe] | None = None
-    watchers: tuple[Callable[[Call], None], ...] = ()
-    entry: int | None = None  # decoder layer before which visual tokens enter
-    report: Callable[[], Report] | None = None
+    def __init__(self) -> None:  # nothing on the class, which older Dynamo takes for what a thread has
+        self.call: Call | None = None
+        self.labels: Tensor | None = None
+        self.ahead = 0
+        self.encode: frozenset[Probe] | None = None
+        self.watchers: tuple[Callable[[Call], None], ...] = ()
+        self.entry: int | None = None  # decoder layer before which visual tokens enter
+        self.report: Callable[[], Report] | None = None
 
 
 class Engine:

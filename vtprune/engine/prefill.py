@@ -330,6 +330,8 @@ def _positions(
         given = pos.contiguous(1, length, call.past, valid.device)
         given = given.expand(3, -1, -1) if family.mrope else given
     given = pos.without_text_row(given).to(valid.device)
+    if family.mrope and given.ndim == 2:  # as the text model itself spreads them
+        given = given.expand(3, -1, -1)
     return given.expand(*given.shape[:-2], batch, -1)
 
 

@@ -30,12 +30,14 @@ _ENCODING = "_vtprune_encoding"
 
 
 class _Local(threading.local):
-    recent: dict[str, tuple[Any, Encoding]] | None = None  # by modality: the last rows, until a forward is through
-    captured: dict[Probe, Tensor] | None = None
-    views: early.Views | None = None  # what `early` must know of the pictures that are being encoded
-    encodings: dict[str, Encoding] | None = None
-    #: By method, and what the tower dropped: pixels, output, what was noted.
-    memory: dict[tuple[str, early.Left | None], tuple[Tensor, Any, Encoding]] | None = None
+    def __init__(self) -> None:  # nothing on the class, which older Dynamo takes for what a thread has
+        # By modality: the last rows, until a forward is through.
+        self.recent: dict[str, tuple[Any, Encoding]] | None = None
+        self.captured: dict[Probe, Tensor] | None = None
+        self.views: early.Views | None = None  # what `early` must know of the pictures that are being encoded
+        self.encodings: dict[str, Encoding] | None = None
+        # By method, and what the tower dropped: pixels, output, what was noted.
+        self.memory: dict[tuple[str, early.Left | None], tuple[Tensor, Any, Encoding]] | None = None
 
 
 class EncoderTap:
