@@ -321,7 +321,12 @@ class Engine:
         if visual and (call.job is not None or state is not None or asked):
             call.ids = ids
             call.given = {k: kw[k] for k in ("second_per_grid_ts", "mm_token_type_ids") if kw.get(k) is not None}
-            call.masks = probes.placeholder_masks(self.family, ids, embeds)
+            if ids is not None:
+                call.shape = ids.shape
+                call.masks = functools.partial(probes.placeholder_masks, self.family, ids, None)
+            elif embeds is not None:  # before the model puts pictures there
+                call.shape = embeds.shape[:2]
+                call.masks = probes.placeholder_masks(self.family, None, embeds)
             positions = None if self.family.mrope else kw.get("position_ids")
             call.fetched = fetch(ids, kw.get("attention_mask"), positions)
             for modality, out in encoded.items():
@@ -359,11 +364,11 @@ class Engine:
                 ids = kw.pop("input_ids") if "input_ids" in kw else args[0]
                 embeds = kw["inputs_embeds"] = self.family.lm.get_input_embeddings()(ids)
                 args = ()
-        if call is None or embeds is None or not (call.masks or state is not None):
+        if call is None or embeds is None or not (call.shape or state is not None):
             return None
         call.cache, call.past = cache, int(cache.get_seq_length()) if cache is not None else 0
         valid = new_rows(kw.get("attention_mask"), state, call.past, embeds, call.fetched)
-        if call.masks:
+        if call.shape:
             return (args, kw) if self._prune(call, kw, state, valid) else None
         assert state is not None
         self._continue(call, kw, state, valid)

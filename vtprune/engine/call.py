@@ -146,8 +146,10 @@ class Call:
     ----------
     job
         None where only a pruned cache has to be carried on.
-    ids, masks, encodings, given
-        The prompt, its placeholders by modality, what the encoder did by modality, other arguments of the forward.
+    ids, encodings, given
+        The prompt, what the encoder did by modality, other arguments of the forward.
+    shape
+        Samples and slots of a prompt with pictures; None: there are none.
     fetched
         The prompt on the host.
     labels
@@ -189,9 +191,9 @@ class Call:
 
     job: Job | None
     ids: Tensor | None = None
-    masks: dict[str, Tensor] = field(default_factory=dict)
     encodings: dict[str, Encoding] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
+    shape: torch.Size | None = None
     fetched: Fetched | None = None
     labels: Tensor | None = None
     ahead: int = 0
@@ -215,9 +217,22 @@ class Call:
     compiled: dict[str, str] = field(default_factory=dict)
     entered: bool = False
     first_rows: list[Any] = field(default_factory=list)
-    # Few look at these, and they take a handful of launches: they may be given as what makes them.
+    # Few look at these, or not before the vision tower runs, and they take a handful of launches: they may be given as
+    # what makes them.
+    _masks: dict[str, Tensor] | Callable[[], dict[str, Tensor]] = field(default_factory=dict)
     _tokens: VisualTokens | Callable[[], VisualTokens] | None = None
     _slots: Tensor | Callable[[], Tensor] | None = None
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Placeholders by modality, ``[B, L]`` bool."""
+        if callable(self._masks):
+            self._masks = self._masks()
+        return self._masks
+
+    @masks.setter
+    def masks(self, masks: dict[str, Tensor] | Callable[[], dict[str, Tensor]]) -> None:
+        self._masks = masks
 
     @property
     def tokens(self) -> VisualTokens | None:
@@ -249,7 +264,7 @@ class Call:
         """Whether this is not the forward that calls the text model now, but an earlier one: PyTorch does not call
         hooks, not even those that are always called, when a forward ends with a KeyboardInterrupt."""
         before, self.entered = self.entered, True
-        return before or (embeds is not None and any(m.shape != embeds.shape[:2] for m in self.masks.values()))
+        return before or (embeds is not None and self.shape is not None and self.shape != embeds.shape[:2])
 
     @property
     def alive(self) -> Tensor | None:

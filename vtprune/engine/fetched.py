@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompt on its way to the host: one copy, beside what the device has to do, made when somebody looks."""
+"""The prompt on its way to the host, in one copy that nobody waits for before it is looked at."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from torch import Tensor
 class Fetched:
     """A prompt on its way to the host.
 
-    This is the one time that a prefill waits for the device, and only when somebody looks: on a stream of its own, so
-    that it waits for what was there before, and not for the vision tower, which is running by then. Everything about
-    where pictures stand in the prompt is decided on the host meanwhile.
+    This is the one time that a prefill waits for the device: not for the vision tower, which starts after the copy, but
+    for the copy, and only when somebody looks. Everything about where pictures stand in the prompt is decided on the
+    host, while the vision tower runs.
 
     Parameters
     ----------
@@ -37,35 +36,20 @@ class Fetched:
         self._together = mask is not None and alike and ids.is_cuda and mask.device == ids.device
         if mask is not None and mask.is_floating_point():  # NumPy does not know all of these
             mask = mask.bool()
-
-        def as_it_is(x: Tensor | None) -> Tensor | None:
-            """Whoever writes to it before somebody looks."""
-            return x.clone() if x is not None and x.is_cuda else x
-
-        first = [torch.add(ids, mask, alpha=1 << _SHIFT)] if self._together else [as_it_is(ids), as_it_is(mask)]  # type: ignore[arg-type]
-        self._sources, self._device = [*first, as_it_is(positions)], ids.device
-        self._ready = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
-        self._numbers: list[np.ndarray | None] | None = None
+        both = [torch.add(ids, mask, alpha=1 << _SHIFT)] if self._together else [ids, mask]  # type: ignore[arg-type]
+        self._copies: list[Any] = [None if x is None else _Copy(x, ids.device) for x in (*both, positions)]
+        self._done = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
 
     def _host(self, which: int) -> np.ndarray | None:
-        if self._numbers is None:
-            self._numbers = self._copied()
-            self._sources = []
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
+        if not isinstance(self._copies[0], np.ndarray):
+            self._copies = [None if x is None else x.read() for x in self._copies]
             if self._together:
-                assert self._numbers[0] is not None
-                self._numbers[:1] = taken_apart(self._numbers[0])
-        return self._numbers[which]
-
-    def _copied(self) -> list[np.ndarray | None]:
-        if self._ready is None:
-            return [None if x is None else x.cpu().numpy() for x in self._sources]
-        stream, done = _aside(self._device)
-        stream.wait_event(self._ready)
-        with torch.cuda.stream(stream):
-            copies = [None if x is None else _Copy(x, self._device) for x in self._sources]
-        done.record(stream)
-        done.synchronize()
-        return [None if x is None else x.read() for x in copies]
+                self._copies[:1] = taken_apart(self._copies[0])
+        found: np.ndarray | None = self._copies[which]
+        return found
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
@@ -102,28 +86,13 @@ def taken_apart(both: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return both - (mask << _SHIFT), mask
 
 
-class _Streams(threading.local):
-    def __init__(self) -> None:
-        self.made: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
-
-
-_streams = _Streams()
-
-
-def _aside(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event]:
-    """This thread's stream for copies from a device, which goes before all others, and what to wait for there."""
-    if device not in _streams.made:
-        _streams.made[device] = torch.cuda.Stream(device, priority=-1), torch.cuda.Event()
-    return _streams.made[device]
-
-
 #: Pinned memory for copies from a device, in bytes, that nobody uses now: to ask for it takes longer than the copy.
 _FREE: list[Tensor] = []
 _MOST_FREE = 8
 
 
 class _Copy:
-    """A copy on the host, which may not be there before the current stream has done what it was given so far.
+    """A copy on the host, which may not be there before the device has done what it was given so far.
 
     Parameters
     ----------
@@ -155,10 +124,8 @@ class _Copy:
 
 
 def fetch(ids: Tensor | None, mask: Any, positions: Any = None) -> Fetched | None:
-    """Get ready to bring a prompt to the host, before its pictures are encoded; None where it is no plain one.
-
-    Positions of another kind than one number per slot are not looked at.
-    """
+    """Start to bring a prompt to the host, before its pictures are encoded; None where it is no plain one. Positions of
+    another kind than one number per slot are not looked at."""
     if ids is None or ids.ndim != 2:
         return None
     plain = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == ids.shape[1]

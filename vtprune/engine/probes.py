@@ -234,16 +234,16 @@ def to_host(
 
     Waits for the device only where the text model was given another mask than the model, or there are no ids.
     """
-    ids, masks, fetched = call.ids, call.masks, call.fetched
+    ids, fetched = call.ids, call.fetched
     if fetched is not None and fetched.mask is mask:
         width = fetched.ids.shape[1]
         host_valid = np.ones(fetched.ids.shape, bool) if fetched.valid is None else fetched.valid[:, -width:]
-        return host_valid, {m: fetched.ids == family.placeholders[m] for m in masks}, fetched.ids
+        return host_valid, {m: fetched.ids == token for m, token in family.placeholders.items()}, fetched.ids
     if ids is not None:
         host_valid, host_ids = torch.stack([valid.to(ids.dtype), ids.to(valid.device)]).cpu().numpy()
-        return host_valid.astype(bool), {m: host_ids == family.placeholders[m] for m in masks}, host_ids
-    host = torch.stack([valid, *(mask.to(valid.device) for mask in masks.values())]).cpu().numpy()
-    return host[0], dict(zip(masks, host[1:], strict=True)), None
+        return host_valid.astype(bool), {m: host_ids == token for m, token in family.placeholders.items()}, host_ids
+    host = torch.stack([valid, *(mask.to(valid.device) for mask in call.masks.values())]).cpu().numpy()
+    return host[0], dict(zip(call.masks, host[1:], strict=True)), None
 
 
 def match(

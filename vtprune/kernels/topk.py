@@ -16,7 +16,7 @@ from . import reference
 from ._jit import constant, device_of, jit, launch, tl, triton
 
 #: Pairs of rows, in all pools together, beyond which two sorts may be faster; see docs/kernels.md.
-MOST_PAIRS = 1 << 26
+MOST_PAIRS = 1 << 28
 #: Pools that a grid can have.
 MOST_POOLS = (1 << 16) - 1
 #: Rows that one program can count for, so that it also knows the order of rows.
