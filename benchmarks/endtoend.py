@@ -162,7 +162,7 @@ class Preset:
     new_tokens: int = 8
     flops: bool = True
     min_runs: int = 10
-    turns: int = 10  # fewest runs of the lines that are compared to 5 %, and take turns
+    turns: int = 10  # fewest runs of the lines that are compared to 5 %, and take turns; of graphs too
     warm_up: int = 4  # the choice of tokens is captured at the third prompt
 
 
@@ -392,7 +392,7 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
                 continue
             seconds = preset.seconds * len(batch) / len(lines)
             try:
-                runs = max(preset.turns, preset.min_runs) if batch in (turns, graphs) else preset.min_runs
+                runs = max(preset.turns, preset.min_runs) if batch is turns or batch is graphs else preset.min_runs
                 measured = bench.measure(
                     model, preset.model, preset.case, batch, seconds=seconds, min_runs=runs, **given
                 )

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 import vtprune
+from vtprune.decoding import evictmerge, vasparse
 from vtprune.engine import first_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,6 +130,69 @@ def test_generation_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
             assert all(map(torch.equal, ours, all_of_it())), method
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@torch.no_grad()
+def test_what_else_is_done_to_the_cache_goes_on(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_and_prompt(family)
+
+    def sparse() -> Tensor:
+        with vasparse(model, keep=0.5):
+            return model.generate(**batch, max_new_tokens=6, do_sample=False)
+
+    def merged() -> Tensor:
+        with evictmerge(model, keep=0.5):
+            return model.generate(**batch, max_new_tokens=6, do_sample=False)
+
+    for way in (sparse, merged):
+        with vtprune.apply(model, "norm", keep=0.5), monkeypatch.context() as patch:
+            ours = way()
+            patch.setattr(first_rows, "DEVICES", ())
+            assert torch.equal(ours, way()), way.__name__
+
+
+@torch.no_grad()
+def test_an_update_that_somebody_puts_around_stays() -> None:
+    model, batch = model_and_prompt()
+    lm, seen = model.model.language_model, []
+
+    def watch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        for layer in kwargs["past_key_values"].layers:
+            if getattr(layer.update, "__name__", "") != "watched":
+                own = layer.update
+
+                def watched(*args: Any, own: Any = own) -> Any:
+                    seen.append(args[0].shape[2])
+                    return own(*args)
+
+                layer.update = watched
+
+    with vtprune.apply(model, "norm", keep=0.4):
+        handle = lm.register_forward_pre_hook(watch, with_kwargs=True)  # after ours
+        out = model(**batch, past_key_values=DynamicCache(config=lm.config))
+        handle.remove()
+        model(input_ids=batch["input_ids"][:, -1:], past_key_values=out.past_key_values)
+    rows = out.past_key_values.get_seq_length() - 1
+    assert seen == [rows] * len(lm.layers) + [1] * len(lm.layers)
+
+
+@torch.no_grad()
+def test_an_interrupted_forward_leaves_nothing_once_another_begins() -> None:
+    model, batch = model_and_prompt()
+    lm = model.model.language_model
+    cache = DynamicCache(config=lm.config)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with vtprune.apply(model, "norm", keep=0.4):
+        handle = lm.layers[-1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch, past_key_values=cache)
+        handle.remove()
+        model(**batch)
+        assert untouched(cache)
+
+
 @torch.no_grad()
 def test_nothing_stays_on_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_and_prompt()
@@ -170,6 +234,9 @@ def test_an_interrupted_layer_does_as_ever_on_whatever_comes() -> None:
             assert keys is rows and values is rows
             keys, _ = one.layers[0].update(rows, rows)
             assert torch.equal(keys, torch.cat([rows, rows], 2)) and "update" not in vars(one.layers[0])
+            DynamicLayer.update(one.layers[1], rows, rows)  # filled in another way
+            keys, _ = one.layers[1].update(rows, rows)
+            assert torch.equal(keys, torch.cat([rows, rows], 2)) and "update" not in vars(one.layers[1])
         first_rows.release(layers)
         assert untouched(cache) and not untouched(other)
 
@@ -220,7 +287,7 @@ def test_only_where_nothing_else_could_be_meant(monkeypatch: pytest.MonkeyPatch)
         assert not taken(use_cache=True)
 
 
-@pytest.mark.parametrize("what", ["layer", "text model", "forward"])
+@pytest.mark.parametrize("what", ["layer", "text model", "forward", "attention"])
 @torch.no_grad()
 def test_compiled_models_give_the_same(what: str) -> None:
     model, batch = model_and_prompt()
@@ -237,6 +304,8 @@ def test_compiled_models_give_the_same(what: str) -> None:
             lm.layers[0].compile(backend="eager")
         elif what == "text model":
             lm.compile(backend="eager")
+        elif what == "attention":
+            lm.layers[0].self_attn.compile(backend="eager", fullgraph=True)
         else:
-            lm.forward = torch.compile(lm.forward, backend="eager")
+            lm.forward = torch.compile(lm.forward, backend="eager", fullgraph=True)
         assert all(map(torch.equal, expected, run()))

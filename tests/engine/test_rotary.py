@@ -56,6 +56,18 @@ def test_prompts_and_steps_look_it_up_and_nothing_changes(monkeypatch: pytest.Mo
 
 
 @torch.no_grad()
+def test_nothing_is_looked_up_in_what_is_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava").to(DEVICE)
+    batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
+    asked = calls(model.model.language_model.rotary_emb, monkeypatch)
+    with vtprune.apply(model, "norm", keep=0.4):
+        expected = model(**batch).logits
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.equal(model(**batch).logits, expected)
+    assert len(asked) == 2 and asked[0] == 1024 > asked[1]
+
+
+@torch.no_grad()
 def test_a_changed_module_gets_another_table() -> None:
     model = tiny.build("llava").to(DEVICE)
     batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
@@ -90,9 +102,16 @@ def test_given_positions_count_whether_or_not_they_are_slots(family: str) -> Non
     batch = {k: v.to(DEVICE) for k, v in tiny.prompt(model, 1).items()}
     model = model.to(DEVICE)
     slots = torch.arange(batch["input_ids"].shape[1], device=DEVICE)[None]
+    shapes: list[int] = []
     with vtprune.apply(model, "norm", keep=0.4):
         expected = model(**batch).logits
+        module = model.model.language_model.rotary_emb
+        handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs: shapes.append([*args, *kwargs.values()][1].ndim), with_kwargs=True
+        )
         same = model(**batch, position_ids=slots).logits
+        handle.remove()
+        assert shapes == [3 if family == "qwen2_5_vl" else 2]  # as the module is given them without us
         assert torch.equal(same, expected) == (family != "qwen2_5_vl")  # whose own are those of the picture's grid
         stretched = model(**batch, position_ids=2 * slots).logits
         assert not torch.equal(stretched, same)

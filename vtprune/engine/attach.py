@@ -302,6 +302,8 @@ class Engine:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kw = {**dict(zip(self.signature, args, strict=False)), **kwargs}
+        if self.local.call is not None:  # one that was interrupted
+            release(self.local.call.first_rows)
         call = self.local.call = Call(self.active_job(), labels=self.local.labels, ahead=self.local.ahead)
         self.local.labels, self.local.ahead = None, 0
         self.tap.collect_into(call.encodings)
