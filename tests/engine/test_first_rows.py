@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conformance.helpers import FP32, assert_close
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
@@ -308,4 +309,5 @@ def test_compiled_models_give_the_same(what: str) -> None:
             lm.layers[0].self_attn.compile(backend="eager", fullgraph=True)
         else:
             lm.forward = torch.compile(lm.forward, backend="eager", fullgraph=True)
-        assert all(map(torch.equal, expected, run()))
+        for ours, theirs in zip(run(), expected, strict=True):
+            assert_close(ours, theirs, FP32)  # transformers gives compiled models a mask, and attention another kernel

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conformance.helpers import FP32, assert_close
 from torch import Tensor, nn
 
 import vtprune
@@ -63,7 +64,7 @@ def test_nothing_is_looked_up_in_what_is_being_compiled(monkeypatch: pytest.Monk
     with vtprune.apply(model, "norm", keep=0.4):
         expected = model(**batch).logits
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert torch.equal(model(**batch).logits, expected)
+        assert_close(model(**batch).logits, expected, FP32)  # with a mask, which on a GPU is another kernel
     assert len(asked) == 2 and asked[0] == 1024 > asked[1]
 
 
