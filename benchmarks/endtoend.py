@@ -3,6 +3,7 @@
 
     python -m benchmarks.endtoend                    # one GPU, about eight minutes, 7B shapes with random weights
     python -m benchmarks.endtoend --only llava next  # some of the presets
+    python -m benchmarks.endtoend --only llava --compared  # of these, only lines whose time has a target
     python -m benchmarks.endtoend --tiny --out x     # anywhere: seconds, tiny shapes, proves that the script runs
 
 Every row is written as soon as it is measured, and what the rows say about our targets is printed at the end and goes
@@ -337,35 +338,46 @@ def ratio(over: float | None, under: float | None) -> float:
 
 
 class Table:
-    """A CSV that gets its rows one by one, so that an interrupted run keeps what it has; and rows of presets that are
-    not run again stay in it."""
+    """A CSV that gets its rows one by one, so that an interrupted run keeps what it has. Rows of presets, and of lines
+    of a preset, that are not run again stay in it.
+
+    Parameters
+    ----------
+    path, columns
+        The file, and what it has; rows of a file with others are dropped.
+    presets
+        Those that are run again as a whole.
+    """
 
     def __init__(self, path: Path, columns: Sequence[str], presets: Sequence[str]) -> None:
         self.path, self.columns = path, columns
+        self.identity = [column for column in ("preset", "method", "compile", "what") if column in columns]
+        self.rows: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        stay: list[dict[str, Any]] = []
         if path.exists():
             with path.open(encoding="utf-8", newline="") as file:
-                stay = [
-                    row for row in csv.DictReader(file) if row["preset"] not in presets and set(row) == set(columns)
-                ]
-        self._write(stay)
+                rows = [*csv.DictReader(file)]
+            self.rows = [row for row in rows if row["preset"] not in presets and set(row) == set(columns)]
+        self._write()
 
-    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+    def _write(self) -> None:
         with self.path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
     def sort(self) -> None:
         """Put presets in their order, whichever were measured last."""
-        with self.path.open(encoding="utf-8", newline="") as file:
-            rows = [*csv.DictReader(file)]
-        self._write(sorted(rows, key=lambda row: ORDER.index(row["preset"])))
+        self.rows.sort(key=lambda row: ORDER.index(row["preset"]))
+        self._write()
 
     def add(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        """Put a row in the place of the one that says the same, or at the end."""
+        mine = [row[column] for column in self.identity]
+        at = (i for i, old in enumerate(self.rows) if [old[column] for column in self.identity] == mine)
+        place = next(at, len(self.rows))
+        self.rows[place : place + 1] = [row]
+        self._write()
 
 
 def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row], None], stop_at: float) -> bool:
@@ -409,6 +421,11 @@ def run_preset(model: nn.Module, name: str, preset: Preset, add: Callable[[Row],
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ORDER, default=[], metavar="PRESET", help=", ".join(ORDER))
+    parser.add_argument(
+        "--compared",
+        action="store_true",
+        help="only lines whose time has a target; rows of the others stay",
+    )
     parser.add_argument("--out", type=Path, help="folder for the CSV files (default: benchmarks/results)")
     parser.add_argument("--seconds", type=float, default=540, help="no line is begun after so long (default: 540)")
     parser.add_argument("--commit", help="what to write into the commit column (default: ask git)")
@@ -423,9 +440,10 @@ def main(arguments: list[str] | None = None) -> int:
     suffix = gpu.lower().replace(" ", "-")
     out = options.out or Path(__file__).parent / "results"
     written = options.commit or commit()
-    rows_file = Table(out / f"endtoend-{suffix}.csv", ["preset", *(f.name for f in fields(Row)), "commit"], names)
+    whole = [] if options.compared else names
+    rows_file = Table(out / f"endtoend-{suffix}.csv", ["preset", *(f.name for f in fields(Row)), "commit"], whole)
     targets_file = Table(
-        out / f"endtoend-targets-{suffix}.csv", ["preset", "what", "value", "goal", "met", "device", "commit"], names
+        out / f"endtoend-targets-{suffix}.csv", ["preset", "what", "value", "goal", "met", "device", "commit"], whole
     )
 
     with registered():
@@ -456,6 +474,8 @@ def run(
             preset = replace(
                 preset, model=TINY.get(preset.model, preset.model), case=case, seconds=1, turns=3, new_tokens=1
             )
+        if options.compared:
+            preset = replace(preset, others=False, neighbours=())
         rows: list[Row] = []
 
         def add(row: Row, name: str = name, rows: list[Row] = rows) -> None:
