@@ -361,10 +361,12 @@ class Table:
         self._write()
 
     def _write(self) -> None:
-        with self.path.open("w", encoding="utf-8", newline="") as file:
+        whole = self.path.with_suffix(".tmp")  # a run that is killed while it writes leaves the old file
+        with whole.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
+        whole.replace(self.path)
 
     def sort(self) -> None:
         """Put presets in their order, whichever were measured last."""
