@@ -438,11 +438,13 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.only or [n for n in ORDER if n != "cpu"]
     if not on_gpu and not options.tiny and set(names) != {"cpu"}:
         parser.error("the 7B shapes need a CUDA device; use --only cpu, or --tiny to try the script without one")
+    if options.tiny and options.out is None:
+        parser.error("--tiny proves that the script runs; give --out, so that it does not write among the results")
     gpu = torch.cuda.get_device_name() if on_gpu and set(names) != {"cpu"} else "cpu"
     suffix = gpu.lower().replace(" ", "-")
     out = options.out or Path(__file__).parent / "results"
     written = options.commit or commit()
-    whole = [] if options.compared else names
+    whole = [n for n in names if not options.compared or not (PRESETS[n].others or PRESETS[n].neighbours)]
     rows_file = Table(out / f"endtoend-{suffix}.csv", ["preset", *(f.name for f in fields(Row)), "commit"], whole)
     targets_file = Table(
         out / f"endtoend-targets-{suffix}.csv", ["preset", "what", "value", "goal", "met", "device", "commit"], whole

@@ -241,7 +241,7 @@ def test_endtoend_puts_compared_lines_in_the_place_of_their_old_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endtoend.runner, "MAX_RUNS", 3)
-    few = replace(endtoend.PRESETS["llava-batch"], min_runs=3, turns=3, neighbours=("fastv",))
+    few = replace(endtoend.PRESETS["llava-batch"], min_runs=3, turns=3, neighbours=("fastv",), graphs=True)
     monkeypatch.setattr(endtoend, "PRESETS", endtoend.PRESETS | {"llava-batch": few})
     run = ["--tiny", "--out", str(tmp_path), "--only", "llava-batch", "--commit"]
     files = [tmp_path / "endtoend-cpu.csv", tmp_path / "endtoend-targets-cpu.csv"]
@@ -250,9 +250,13 @@ def test_endtoend_puts_compared_lines_in_the_place_of_their_old_rows(
     assert endtoend.main([*run, "new", "--compared"]) == 0
     after = [table(file) for file in files]
     kinds = ["dense", "ideal", *endtoend.HELD_TO]
-    assert [(r["method"], r["commit"]) for r in after[0]] == [*((kind, "new") for kind in kinds), ("fastv", "old")]
+    lines = [(r["method"], r["compile"], r["commit"]) for r in after[0]]
+    eager = [*((kind, "", "new") for kind in kinds), ("fastv", "", "old")]
+    assert lines == [*eager, *((kind, "graph", "new") for kind in kinds)]
     assert [r["what"] for r in after[1]] == [r["what"] for r in before[1]]
-    assert after[0][-1] == before[0][-1]
+    assert after[0][len(kinds)] == before[0][len(kinds)]
+    with pytest.raises(SystemExit):
+        endtoend.main(["--tiny"])
 
 
 def test_fastv_by_its_map_keeps_what_fastv_keeps() -> None:

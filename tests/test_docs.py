@@ -157,7 +157,8 @@ def test_the_times_in_the_readme_are_the_committed_result() -> None:
     with (ROOT / "benchmarks/results/endtoend-nvidia-h100-80gb-hbm3.csv").open(encoding="utf-8") as file:
         rows = {(r["preset"], r["compile"], r["method"]): r for r in csv.DictReader(file)}
     methods = [name.strip().replace("`", "").replace("usual loop", "naive loop") for name in cells[at][1:]]
-    keys = ("llava", "graph"), ("llava-batch", ""), ("next", ""), ("next", "graph"), ("qwen-4k", ""), ("qwen-16k", "")
+    keys = [("llava", ""), ("llava", "graph"), ("llava-batch", ""), ("next", ""), ("next", "graph")]
+    keys += [("qwen-4k", ""), ("qwen-16k", "")]
     for key, (_, *shown) in zip(keys, cells[at + 2 :], strict=False):
         for method, text in zip(methods, shown, strict=True):
             row = rows.get((*key, method))

@@ -137,6 +137,8 @@ def speed(wanted: Callable[[str], bool] = lambda _: True) -> str:
     if not parts:
         return ""
     note = "*ideal* is the model fed as many tokens that nobody had to choose. Random weights."
+    if len({r["commit"] for r in found}) > 1:
+        note += " Rows are of several runs, as the file's last column says."
     return "\n\n".join([*parts, f"{note} {source(name, found[0])}"])
 
 

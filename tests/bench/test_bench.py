@@ -176,6 +176,9 @@ def test_conclusions_follow_from_the_numbers() -> None:
         "norm keep 1/4: choosing costs 4.00 ms, as much as 5 tokens a sample take; it drops 75, so it pays",
         "zoo keep 1/4: choosing costs 80.50 ms, as much as 101 tokens a sample take; it drops 75, so it does not pay",
     ]
+    graphs = [replace(r, compile="graph", lm_ms_p50=r.lm_ms_p50 / 2, pack_ms=r.pack_ms / 2) for r in rows[:3]]
+    told = "norm keep 1/4 (graph): choosing costs 3.00 ms, as much as 8 tokens a sample take; it drops 75, so it pays"
+    assert bench.break_even([*rows[:3], *graphs])[1:] == bench.break_even(graphs) == [told]
     slow = replace(ideal, lm_ms_p50=81.0)
     assert bench.break_even([dense, slow, cheap]) == ["norm keep 1/4: never pays, fewer tokens take no less time here"]
 

@@ -582,7 +582,7 @@ def break_even(rows: Sequence[Row]) -> list[str]:
             for r in plain
             if (r.batch, r.visual_tokens, r.text_tokens) == (row.batch, row.visual_tokens, row.text_tokens)
         ]
-        base = next((r for r in same if r.method == "dense"), None)
+        base = next((r for r in same if r.method == "dense" and r.compile == row.compile), None)
         best = next((r for r in same if r.method == "ideal" and (r.keep, r.compile) == (row.keep, row.compile)), None)
         if (
             row.method in ("dense", "ideal", "downsampled picture")
