@@ -216,7 +216,8 @@ def test_board(page: Any) -> None:
     open_tab(page, "Board")
     plot = page.locator("#board-plot svg")
     plot.wait_for()
-    assert "idpruner" in plot.get_attribute("aria-label") and page.locator("#picture").is_hidden()
+    page.locator("#picture").wait_for(state="hidden")  # the panel before it goes a moment later on a busy machine
+    assert "idpruner" in plot.get_attribute("aria-label")
     before = plot.inner_html()
     page.get_by_role("radio", name="time").check()
     page.wait_for_function("before => document.querySelector('#board-plot svg').innerHTML !== before", arg=before)
