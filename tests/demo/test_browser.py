@@ -221,7 +221,7 @@ def test_board(page: Any) -> None:
     before = plot.inner_html()
     page.get_by_role("radio", name="time").check()
     page.wait_for_function("before => document.querySelector('#board-plot svg').innerHTML !== before", arg=before)
-    assert page.locator("#board-table tbody tr").count() > 5
+    page.locator("#board-table tbody tr").nth(5).wait_for()
     shoot(page, "board")
 
 
@@ -246,7 +246,8 @@ def test_an_example_is_taken_by_a_click(page: Any) -> None:
             break
         page.wait_for_timeout(100)
     assert question.input_value() in scene.answers
-    assert ask(page)[0] and page.get_by_text("Known answer").is_visible()
+    assert ask(page)[0]
+    page.get_by_text("Known answer").wait_for()
 
 
 def test_what_is_refused_is_refused_in_words(browser: Any, server: Server, tmp_path: Path) -> None:
@@ -292,6 +293,7 @@ def test_a_phone_in_the_dark(page: Any) -> None:
     page.locator("#lens-go").tap()
     inside = page.frame_locator("#lens-page iframe")
     inside.locator("rect.token").nth(200).tap()
+    inside.locator("#tip span").first.wait_for()  # the browser makes a click of a tap a moment later
     assert inside.locator("#tip span").count() == 5 and fits()
     shoot(page, "phone-lens")
     open_tab(page, "Board")
